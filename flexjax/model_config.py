@@ -323,9 +323,7 @@ def _rope(raw: Mapping[str, Any], max_position: int) -> RopeConfig:
         factor=float(scaling["factor"]),
         low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
         high_freq_factor=float(scaling.get("high_freq_factor", 1.0)),
-        original_max_position=int(
-            scaling.get("original_max_position_embeddings") or max_position
-        ),
+        original_max_position=int(scaling.get("original_max_position_embeddings") or max_position),
     )
 
 

@@ -52,9 +52,7 @@ class Decoder(nnx.Module):
         self.embed = param(weights.embed, specs.embed.axes)  # type: ignore[attr-defined]
         self.final_norm = param(weights.final_norm, specs.final_norm.axes)  # type: ignore[attr-defined]
         self.lm_head = (
-            None
-            if weights.lm_head is None
-            else param(weights.lm_head, specs.lm_head.axes)  # type: ignore[union-attr]
+            None if weights.lm_head is None else param(weights.lm_head, specs.lm_head.axes)  # type: ignore[union-attr]
         )
         self.layers = nnx.Dict(
             {

@@ -45,7 +45,7 @@ def rotary(
 
 
 def product(weights: LayerWeights, name: str, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-    """x W (+ bias), float32: what a linear yields before adapters and the cast to x's dtype."""
+    """X W (+ bias), float32: what a linear yields before adapters and the cast to x's dtype."""
     y = jnp.dot(x, weights[f"{name}.kernel"], preferred_element_type=jnp.float32)
     bias = weights.get(f"{name}.bias")
     return y if bias is None else y + bias.astype(jnp.float32)[None, :]

@@ -13,7 +13,9 @@ from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.types import PageList as PageList
 
 
-def check_pool(q_shape: tuple[int, ...], k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> None:
+def check_pool(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], v_shape: tuple[int, ...]
+) -> None:
     """Checks what shapes alone cannot say.
 
     Raises:

@@ -10,8 +10,8 @@ from pallas_kernels.paged_attention.reference import (
     block_keys,
     gather_block,
     num_blocks,
-    pages_per_block,
     pad_pages,
+    pages_per_block,
     visible,
 )
 from pallas_kernels.paged_attention.types import PageList
