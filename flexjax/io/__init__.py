@@ -1,1 +1,1 @@
-"""See the modules of this package."""
+"""Files in the formats of others: weights, tokenizers, PEFT adapters and datasets."""
