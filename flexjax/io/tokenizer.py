@@ -288,23 +288,22 @@ def _set_post_processor(
     """Replaces the post-processor when the configuration says whether to add BOS and EOS."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
-    parts, used = ["$A:0"], []
-    for option, name, index in (
-        ("add_bos_token", "bos_token", 0),
-        ("add_eos_token", "eos_token", 9),
-    ):
+
+    def wanted(option: str, name: str) -> list[tuple[str, int]]:
         text = special_tokens.get(name)
         token_id = None if text is None else backend.token_to_id(text)
-        if config.get(option) and token_id is not None:
-            parts.insert(index, f"{text}:0")
-            used.append((text, token_id))
+        return [(text, token_id)] if config.get(option) and token_id is not None else []
+
+    first, last = wanted("add_bos_token", "bos_token"), wanted("add_eos_token", "eos_token")
+    parts = [f"{first[0][0]}:0"] if first else []
+    parts += ["$A:0"] + ([f"{last[0][0]}:0"] if last else [])
+    used = list(dict(first + last).items())
     backend.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=used)
 
 
 def _has_byte_fallback(backend: tokenizers.Tokenizer) -> bool:
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
-    parts = decoder.get("decoders", [decoder])
-    return any(part.get("type") == "ByteFallback" for part in parts)
+    """Whether bytes are tokens of their own; told from the decoder's serialized form."""
+    return backend.decoder is not None and b'"ByteFallback"' in backend.decoder.__getstate__()
 
 
 def _plain(value: Any, where: str) -> Any:
