@@ -222,7 +222,13 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json must have `{name}`; it is missing.")
         return raw[name]
 
-    hidden, heads = need("hidden_size"), need("num_attention_heads")
+    def need_int(name: str) -> int:
+        value = need(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
+        return value
+
+    hidden, heads = need_int("hidden_size"), need_int("num_attention_heads")
     head_dim = raw.get("head_dim")
     if head_dim is None:
         if family == "qwen3":
@@ -234,7 +240,11 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             )
         else:
             head_dim = hidden // heads
-    max_position = need("max_position_embeddings")
+    max_position = need_int("max_position_embeddings")
+    # Null means one KV head per query head; only for Llama does an absent key mean the same.
+    has_kv_heads = raw.get("num_key_value_heads") is not None
+    if family != "llama" and "num_key_value_heads" not in raw:
+        need("num_key_value_heads")
     bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
         family=family,
@@ -243,7 +253,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=need("intermediate_size"),
         num_layers=need("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        num_kv_heads=need_int("num_key_value_heads") if has_kv_heads else heads,
         head_dim=head_dim,
         max_position=max_position,
         rope=_rope(raw, max_position),
@@ -287,7 +297,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
 
 def _sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     if family == "mistral":
-        return raw.get("sliding_window")
+        return raw.get("sliding_window", 4096)  # an absent key: transformers' own default
     layer_types = set(raw.get("layer_types") or ())
     if raw.get("use_sliding_window") or "sliding_attention" in layer_types:
         raise UnsupportedModelError(

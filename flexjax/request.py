@@ -8,7 +8,7 @@ import enum
 from flexjax.config import SamplingParams
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a generation ended."""
 
     STOP = "stop"

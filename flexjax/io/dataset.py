@@ -1,4 +1,4 @@
-"""Finetuning data: JSONL rows to tokens and loss targets.
+r"""Finetuning data: JSONL rows to tokens and loss targets.
 
 A row is one of
 
@@ -6,11 +6,11 @@ A row is one of
                                              end token included
   {"prompt", "completion"}                   loss on the completion and the end token
   {"text"}                                   loss on all tokens
-  {"question", "answer"}                     prompt "Question: {question}\\nAnswer:",
+  {"question", "answer"}                     prompt "Question: {question}\nAnswer:",
                                              completion " {answer}"
-  {"instruction", "output"[, "input"]}       prompt "### Instruction:\\n{instruction}\\n\\n", then
-                                             with an input "### Input:\\n{input}\\n\\n", then
-                                             "### Response:\\n"; completion the output
+  {"instruction", "output"[, "input"]}       prompt "### Instruction:\n{instruction}\n\n", then
+                                             with an input "### Input:\n{input}\n\n", then
+                                             "### Response:\n"; completion the output
 
 Prompt and completion are tokenized apart and joined: the prompt with special tokens, the completion
 without, and the end-of-sequence token behind. Rows with other keys are refused: what would be

@@ -33,7 +33,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\."
-    r"(?P<name>%s))\.lora_(?P<matrix>[AB])\.weight" % "|".join(LORA_TARGETS)
+    rf"(?P<name>{'|'.join(LORA_TARGETS)}))\.lora_(?P<matrix>[AB])\.weight"
 )
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
@@ -182,8 +182,8 @@ def empty_arrays(
 
 def _module_path(name: str, layer: int) -> str:
     """Path of a linear inside the base model."""
-    is_attention = name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    return f"model.layers.{layer}.{'self_attn' if is_attention else 'mlp'}.{name}"
+    parent = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"model.layers.{layer}.{parent}.{name}"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -345,8 +345,7 @@ def _to_tensors(adapter: LoraAdapter, model_config: ModelConfig) -> dict[str, np
         raise AdapterFormatError(
             f"`arrays` must be of {', '.join(config.targets)}; got {', '.join(adapter.arrays)}."
         )
-    layers = config.layers_to_transform
-    layers = range(model_config.num_layers) if layers is None else layers
+    layers = config.layers_to_transform or range(model_config.num_layers)
     if max(layers) >= model_config.num_layers:
         raise AdapterFormatError(
             f"`layers_to_transform` must be below {model_config.num_layers}; got {max(layers)}."

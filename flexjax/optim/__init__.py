@@ -1,1 +1,1 @@
-"""See the modules of this package."""
+"""Decoding a job's gradients into new weights: AdamW and learning-rate schedules."""

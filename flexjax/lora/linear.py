@@ -1,0 +1,112 @@
+"""Linears with adapters: for rows of many adapters, and for one adapter with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from flexjax.lora.bank import AdapterBank, LoraTree
+from flexjax.models.layers import LayerWeights, Linear, product
+from pallas_kernels import grouped_lora
+
+
+class AdapterRows(NamedTuple):
+    """Which adapter each forward row uses.
+
+    Attributes:
+      slots: Slot of each row, -1 for the base model and for padding.
+      active: The slots that occur, each once, -1 padding.
+      num_active: How many occur.
+    """
+
+    slots: Int[Array, "T"]
+    active: Int[Array, "A"]
+    num_active: Int[Array, ""]
+
+
+def bank_linear(
+    weights: LayerWeights, bank: AdapterBank, layer: Int[Array, ""], rows: AdapterRows
+) -> Linear:
+    """Linears of one layer for rows with different adapters."""
+
+    def linear(name: str, x: Array) -> Array:
+        acc = product(weights, name, x)
+        y = grouped_lora(x, acc, bank.a[name], bank.b[name], bank.scale, layer, *rows)
+        return y.astype(x.dtype)
+
+    return linear
+
+
+def tile_linear(
+    weights: LayerWeights,
+    lora: LoraTree,
+    scale: Float[Array, ""],
+    kept: Mapping[str, Array],
+) -> Linear:
+    """Linears of one layer for the rows of a backward tile, all of one adapter.
+
+    Differentiable in x and the adapter, never in the frozen weights. Where the forward pass kept a
+    linear's output, it is taken from there and the product is not repeated.
+
+    Args:
+      weights: The layer's frozen arrays.
+      lora: The layer's adapter, float32: a [in, R], b [R, out].
+      scale: Multiplies x A B.
+      kept: Kept outputs by linear, [W, out].
+    """
+
+    def linear(name: str, x: Array) -> Array:
+        kernel, bias = weights[f"{name}.kernel"], weights.get(f"{name}.bias")
+        return _adapted(x, lora.a[name], lora.b[name], kernel, bias, scale, kept.get(name))
+
+    return linear
+
+
+@jax.custom_vjp
+def _adapted(
+    x: Array,
+    a: Array,
+    b: Array,
+    kernel: Array,
+    bias: Array | None,
+    scale: Array,
+    kept: Array | None,
+) -> Array:
+    """Returns x W + bias + scale x A B in the dtype of x, or `kept`, which is that value."""
+    if kept is not None:
+        return kept
+    y = jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)[None, :]
+    bottleneck = jnp.dot(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * scale
+    delta = jnp.dot(
+        bottleneck.astype(x.dtype), b.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return (y + delta).astype(x.dtype)
+
+
+def _adapted_forward(x, a, b, kernel, bias, scale, kept):
+    return _adapted(x, a, b, kernel, bias, scale, kept), (x, a, b, kernel, scale)
+
+
+def _contract(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    dims = (((x_axis,), (y_axis,)), ((), ()))
+    return lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _adapted_backward(residuals, dy):
+    x, a, b, kernel, scale = residuals
+    d_bottleneck = (_contract(dy, b.astype(dy.dtype), 1, 1) * scale).astype(x.dtype)
+    dx = _contract(dy, kernel, 1, 1) + _contract(d_bottleneck, a.astype(x.dtype), 1, 1)
+    bottleneck = (_contract(x, a.astype(x.dtype), 1, 0) * scale).astype(x.dtype)
+    da = _contract(x, d_bottleneck, 0, 0)
+    db = _contract(bottleneck, dy, 0, 0)
+    return dx.astype(x.dtype), da, db, None, None, None, None
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)

@@ -1,0 +1,204 @@
+"""The sampling head: logits of the rows to sample, and their next tokens, on the device.
+
+Every option is an array, so no choice of options compiles anything. Work that no row asks for
+(sorting for top-k and top-p, random draws, log probabilities, penalties) is skipped at run time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from flexjax.model_config import ModelConfig
+from flexjax.models.layers import logits as head_logits
+from flexjax.models.weights import DecoderWeights
+from flexjax.step.layout import SAMPLE_FLOATS, sample_fields, unpack
+from flexjax.step.state import SampleState
+
+WANTS_LOGPROBS = 1
+"""Bit of `wants`: log probabilities are asked for."""
+WANTS_PENALTIES = 2
+"""Bit of `wants`: some penalty changes the logits."""
+
+MAX_LOGPROBS = 20
+"""Alternatives that a step returns for each row."""
+
+_DROPPED = -jnp.inf
+
+
+class SampleOutput(NamedTuple):
+    """What the host reads of one step's sampling, by row of the head.
+
+    Attributes:
+      tokens: Sampled tokens.
+      logprobs: Their log probabilities, before temperature and penalties; zero if not asked for.
+      top_tokens: The likeliest tokens, best first.
+      top_logprobs: Their log probabilities.
+    """
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    top_tokens: Int[Array, "B 20"]
+    top_logprobs: Float[Array, "B 20"]
+
+
+def sample_step(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    state: SampleState,
+    packed: Int[Array, "n"],
+    floats: Float[Array, "6 B"],
+) -> tuple[SampleState, SampleOutput]:
+    """Samples one token for each row.
+
+    Args:
+      config: Architecture; static.
+      weights: Final norm and head are read.
+      state: Hidden rows that the step left; donated.
+      packed: Integers, as `layout.sample_fields` describes them. `slots` is -1 for padding.
+      floats: One row per name of `layout.SAMPLE_FLOATS`.
+
+    Returns:
+      The state with `next_tokens` and `output_counts` advanced, and what the host reads.
+    """
+    rows = unpack(packed, sample_fields(floats.shape[1]))
+    options = dict(zip(SAMPLE_FLOATS, floats, strict=True))
+    slots = jnp.maximum(rows["slots"], 0)
+    wants = jnp.where(rows["slots"] >= 0, rows["wants"], 0)
+    raw = head_logits(config, weights, state.hidden[slots])
+    is_penalized = (wants & WANTS_PENALTIES) != 0
+    adjusted = lax.cond(
+        is_penalized.any(),
+        lambda x: _penalize(x, state, slots, is_penalized, options),
+        lambda x: x,
+        raw,
+    )
+    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    is_random = (options["temperature"] > 0) & (rows["slots"] >= 0)
+    tokens = lax.cond(
+        is_random.any(),
+        lambda x: jnp.where(is_random, _draw(x, rows, options, is_random), greedy),
+        lambda x: greedy,
+        adjusted,
+    )
+    logprobs, top_tokens, top_logprobs = lax.cond(
+        ((wants & WANTS_LOGPROBS) != 0).any(), _logprobs, _no_logprobs, raw, tokens
+    )
+    where = jnp.where(rows["slots"] >= 0, rows["slots"], state.next_tokens.shape[0])
+    state = state._replace(
+        next_tokens=state.next_tokens.at[where].set(tokens, mode="drop"),
+        output_counts=state.output_counts.at[where, tokens].add(1, mode="drop"),
+    )
+    return state, SampleOutput(tokens, logprobs, top_tokens, top_logprobs)
+
+
+def _penalize(
+    logits: Float[Array, "B V"],
+    state: SampleState,
+    slots: Int[Array, "B"],
+    is_penalized: Bool[Array, "B"],
+    options: dict[str, Array],
+) -> Float[Array, "B V"]:
+    """Repetition (over prompt and output), presence and frequency (over the output) penalties."""
+    counts = state.output_counts[slots]
+    seen = state.prompt_seen[slots] | (counts > 0)
+    repetition = options["repetition_penalty"][:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    penalized = jnp.where(seen, repeated, logits)
+    penalized -= options["frequency_penalty"][:, None] * counts
+    penalized -= options["presence_penalty"][:, None] * (counts > 0)
+    return jnp.where(is_penalized[:, None], penalized, logits)
+
+
+def _draw(
+    logits: Float[Array, "B V"],
+    rows: dict[str, Array],
+    options: dict[str, Array],
+    is_random: Bool[Array, "B"],
+) -> Int[Array, "B"]:
+    """Draws from the filtered distribution by the Gumbel trick.
+
+    The key of a draw is the request's seed and the index of the token in its output, so that a
+    draw does not depend on the batch, on chunking or on preemption.
+    """
+    temperature = jnp.where(is_random, options["temperature"], 1.0)
+    scaled = logits / temperature[:, None]
+    needs_sort = is_random & ((rows["top_k"] > 0) | (options["top_p"] < 1.0))
+    scaled = lax.cond(
+        needs_sort.any(),
+        lambda x: _keep_top(x, rows["top_k"], options["top_p"]),
+        lambda x: x,
+        scaled,
+    )
+    floor = scaled.max(-1, keepdims=True) + jnp.log(options["min_p"])[:, None]
+    scaled = jnp.where(scaled < floor, _DROPPED, scaled)
+
+    def gumbel(seed: Array, index: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.gumbel(key, (logits.shape[1],))
+
+    noise = jax.vmap(gumbel)(rows["seeds"], rows["output_index"])
+    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+
+
+def _keep_top(
+    scaled: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Drops what top-k leaves out, then what top-p leaves out of the rest."""
+    vocab = scaled.shape[1]
+    ordered = -jnp.sort(-scaled, axis=-1)
+    kept = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    in_top_k = jnp.arange(vocab)[None, :] < kept[:, None]
+    probs = jax.nn.softmax(jnp.where(in_top_k, ordered, _DROPPED), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    in_top_p = in_top_k & (before < top_p[:, None])
+    smallest = jnp.where(in_top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(scaled < smallest, _DROPPED, scaled)
+
+
+def _logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Int[Array, "B 20"], Float[Array, "B 20"]]:
+    table = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(table, tokens[:, None], axis=-1)[:, 0]
+    count = min(MAX_LOGPROBS, logits.shape[1])
+    values, indices = lax.top_k(table, count)
+    widths = ((0, 0), (0, MAX_LOGPROBS - count))
+    padded = jnp.pad(indices.astype(jnp.int32), widths, constant_values=-1)
+    return chosen, padded, jnp.pad(values, widths)
+
+
+def _no_logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Int[Array, "B 20"], Float[Array, "B 20"]]:
+    shape = (tokens.shape[0], MAX_LOGPROBS)
+    return jnp.zeros(shape[:1]), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)
+
+
+def reset_sequence(
+    state: SampleState,
+    slot: Int[Array, ""],
+    prompt: Int[Array, "S"],
+    output: Int[Array, "S"],
+) -> SampleState:
+    """Prepares a slot's token counts for a sequence that uses penalties.
+
+    Args:
+      state: Sampling state; donated.
+      slot: Sequence slot.
+      prompt: Prompt tokens, -1 padding.
+      output: Tokens generated before a preemption, -1 padding.
+    """
+    vocab = state.prompt_seen.shape[1]
+    out_of_range = jnp.where(prompt >= 0, prompt, vocab)
+    seen = jnp.zeros((vocab,), jnp.bool_).at[out_of_range].set(True, mode="drop")
+    generated = jnp.where(output >= 0, output, vocab)
+    counts = jnp.zeros((vocab,), jnp.int32).at[generated].add(1, mode="drop")
+    return state._replace(
+        prompt_seen=state.prompt_seen.at[slot].set(seen),
+        output_counts=state.output_counts.at[slot].set(counts),
+    )
