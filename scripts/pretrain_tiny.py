@@ -28,7 +28,8 @@ from flexjax.model_config import ModelConfig, RopeConfig
 from flexjax.models.decoder import decoder_logits
 from flexjax.models.weights import DecoderWeights, random_weights
 
-MAX_VOCAB = 2048
+MAX_VOCAB = 1536
+"""A little less than what the texts would yield; a multiple of 128, as kernels like it."""
 LONG_ROW = 1024
 """Tokens of the long rows (the context length), so that late positions are trained."""
 LONG_EVERY = 12
