@@ -1,8 +1,9 @@
 """Text to tokens and back, from `tokenizer.json`, without importing transformers.
 
 Owns encoding, chat templates and incremental detokenization. Follows transformers where both do
-the same thing: `add_bos_token` of `tokenizer_config.json` rules the post-processor, and a rendered
-chat is encoded without special tokens, since templates write their own.
+the same thing: whether BOS is added is the post-processor's business (`add_bos_token` in
+`tokenizer_config.json` changes nothing), and a rendered chat is encoded without special tokens,
+since templates write their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import jinja2
 import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-from tokenizers.processors import TemplateProcessing
 
 from flexjax.errors import ModelNotFoundError
 
@@ -83,7 +83,6 @@ class Tokenizer:
         named = {**_read_json(model_dir / "special_tokens_map.json"), **config}
         special = {name: _token_text(named.get(name)) for name in _NAMED_TOKENS}
         special_tokens = {name: text for name, text in special.items() if text is not None}
-        _set_post_processor(backend, config, special_tokens)
         return cls(backend, special_tokens, _read_chat_template(model_dir, config))
 
     @property
@@ -194,11 +193,19 @@ class Tokenizer:
         """Returns a decoder that takes one token at a time."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def is_byte_token(self, token_id: int) -> bool:
-        """Whether the token is one byte of a longer run (`<0x0A>`), whose text depends on it."""
+    def leaves_open(self, token_id: int, was_open: bool, skip_special_tokens: bool) -> bool:
+        """Whether a run of byte tokens (`<0xE6>`), whose text depends on it, is open after a token.
+
+        Args:
+          token_id: The token.
+          was_open: Whether a run was open before it.
+          skip_special_tokens: Whether special tokens yield no text, and so do not end a run.
+        """
         if not self._holds_bytes:
             return False
-        token = self._backend.id_to_token(token_id) or ""
+        token = self._backend.id_to_token(token_id)
+        if token is None or (skip_special_tokens and token in self.all_special_tokens):
+            return was_open
         return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
@@ -219,11 +226,13 @@ class StreamDecoder:
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
+        self._is_open = False
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns the text that is now certain, often ""."""
         self._pending.append(token_id)
-        if self._tokenizer.is_byte_token(token_id):
+        self._is_open = self._tokenizer.leaves_open(token_id, self._is_open, self._skip)
+        if self._is_open:
             return ""
         text = self._tokenizer.decode(self._context + self._pending, self._skip)
         if text.endswith(_REPLACEMENT):
@@ -280,25 +289,6 @@ def _read_chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | Non
             f"got {type(template).__name__}."
         )
     return template
-
-
-def _set_post_processor(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> None:
-    """Replaces the post-processor when the configuration says whether to add BOS and EOS."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-
-    def wanted(option: str, name: str) -> list[tuple[str, int]]:
-        text = special_tokens.get(name)
-        token_id = None if text is None else backend.token_to_id(text)
-        return [(text, token_id)] if config.get(option) and token_id is not None else []
-
-    first, last = wanted("add_bos_token", "bos_token"), wanted("add_eos_token", "eos_token")
-    parts = [f"{first[0][0]}:0"] if first else []
-    parts += ["$A:0"] + ([f"{last[0][0]}:0"] if last else [])
-    used = list(dict(first + last).items())
-    backend.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=used)
 
 
 def _has_byte_fallback(backend: tokenizers.Tokenizer) -> bool:
