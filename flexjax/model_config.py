@@ -424,10 +424,10 @@ BUILTIN_MODELS: dict[str, ModelConfig] = {
     ),
     "tiny": ModelConfig(
         family="llama",
-        vocab_size=2048,
+        vocab_size=1536,
         hidden_size=192,
         intermediate_size=512,
-        num_layers=6,
+        num_layers=4,
         num_heads=6,
         num_kv_heads=2,
         head_dim=32,
@@ -436,6 +436,7 @@ BUILTIN_MODELS: dict[str, ModelConfig] = {
         rms_norm_eps=1e-5,
         tie_embeddings=True,
         dtype="float32",
+        eos_token_ids=(1, 0),
     ),
 }
 """Architectures that can be built by name, with random weights."""
