@@ -17,8 +17,10 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexjax.errors import ModelNotFoundError
 

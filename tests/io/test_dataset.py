@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizer_cases import train_backend, write_tokenizer
 
 from flexjax.errors import DatasetError
 from flexjax.io.dataset import load_dataset
@@ -95,9 +96,9 @@ MARKED = (
 )
 
 
-def test_chat_mask_matches_the_generation_tag_of_transformers(tmp_path, conftest):
+def test_chat_mask_matches_the_generation_tag_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    path = conftest.write_tokenizer(tmp_path, conftest.train_backend(), MARKED)
+    path = write_tokenizer(tmp_path, train_backend(), MARKED)
     oracle = transformers.AutoTokenizer.from_pretrained(path)
     theirs = oracle.apply_chat_template(
         CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -119,23 +120,23 @@ THINKING = (
 )
 
 
-def test_templates_that_write_the_last_turn_differently(tmp_path, conftest):
-    path = conftest.write_tokenizer(tmp_path, conftest.train_backend(), THINKING)
+def test_templates_that_write_the_last_turn_differently(tmp_path):
+    path = write_tokenizer(tmp_path, train_backend(), THINKING)
     tokenizer = Tokenizer.from_pretrained(path)
     (row,) = load([{"messages": CHAT}], tokenizer).rows
     expected = "Grüße 🙂<|im_end|>[think]\n\nI am fine, thank you.<|im_end|>"
     assert loss_text(row, tokenizer) == expected
 
 
-def test_templates_without_prefix_property_are_refused(tmp_path, conftest):
+def test_templates_without_prefix_property_are_refused(tmp_path):
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    path = conftest.write_tokenizer(tmp_path, conftest.train_backend(), template)
+    path = write_tokenizer(tmp_path, train_backend(), template)
     with pytest.raises(DatasetError, match=r"row 1: .*messages\[2\]` as a continuation"):
         load([{"messages": CHAT}], Tokenizer.from_pretrained(path))
 
 
-def test_trimmed_offsets_mask_the_same(tmp_path, conftest):
-    path = conftest.write_tokenizer(tmp_path, conftest.train_backend(with_bos=False), THINKING)
+def test_trimmed_offsets_mask_the_same(tmp_path):
+    path = write_tokenizer(tmp_path, train_backend(with_bos=False), THINKING)
     tokenizer = Tokenizer.from_pretrained(path)
     messages = [
         {"role": "user", "content": "a "},

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from tokenizer_cases import train_backend, write_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
@@ -55,11 +56,11 @@ def test_special_tokens_map_is_read_and_config_wins(tmp_path, backend):
     assert Tokenizer.from_pretrained(tmp_path).bos_token_id == backend.token_to_id("<|begin|>")
 
 
-def test_truncation_stored_in_the_file_is_not_applied(tmp_path, conftest):
-    backend = conftest.train_backend()
+def test_truncation_stored_in_the_file_is_not_applied(tmp_path):
+    backend = train_backend()
     backend.enable_truncation(3)
     backend.enable_padding(length=64)
-    conftest.write_tokenizer(tmp_path, backend)
+    write_tokenizer(tmp_path, backend)
     text = "The quick brown fox jumps over the lazy dog."
     loaded = Tokenizer.from_pretrained(tmp_path)
     assert loaded.decode(loaded.encode(text)) == text
@@ -67,9 +68,9 @@ def test_truncation_stored_in_the_file_is_not_applied(tmp_path, conftest):
 
 @pytest.mark.parametrize("options", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
 @pytest.mark.parametrize("with_bos", [True, False])
-def test_bos_matches_transformers(tmp_path, conftest, options, with_bos):
+def test_bos_matches_transformers(tmp_path, options, with_bos):
     transformers = pytest.importorskip("transformers")
-    conftest.write_tokenizer(tmp_path, conftest.train_backend(with_bos), **options)
+    write_tokenizer(tmp_path, train_backend(with_bos), **options)
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = Tokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
@@ -93,7 +94,7 @@ def test_chat_matches_transformers(request, directory, messages, prompt):
     assert ids.count(ours.bos_token_id) == (directory == "llama_template_dir")
 
 
-def test_template_helpers_match_transformers(tmp_path, conftest):
+def test_template_helpers_match_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     template = (
         "{% for m in messages %}\n"
@@ -103,16 +104,16 @@ def test_template_helpers_match_transformers(tmp_path, conftest):
         "{% endfor %}\n"
         "{{ strftime_now('%Y') }} {{ eos_token }} {{ tools is none }}"
     )
-    conftest.write_tokenizer(tmp_path, conftest.train_backend(), template)
+    write_tokenizer(tmp_path, train_backend(), template)
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "ü < 3"}]
     expected = oracle.apply_chat_template(messages, tokenize=False)
     assert Tokenizer.from_pretrained(tmp_path).render_chat(messages) == expected
 
 
-def test_template_of_the_configuration_is_used(tmp_path, conftest):
+def test_template_of_the_configuration_is_used(tmp_path):
     named = [{"name": "tool", "template": "x"}, {"name": "default", "template": "D{{ bos_token }}"}]
-    conftest.write_tokenizer(tmp_path, conftest.train_backend(), None, chat_template=named)
+    write_tokenizer(tmp_path, train_backend(), None, chat_template=named)
     assert Tokenizer.from_pretrained(tmp_path).render_chat([]) == "D<|begin|>"
 
 
@@ -128,8 +129,8 @@ def test_template_of_the_configuration_is_used(tmp_path, conftest):
         ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
-def test_bad_templates_are_refused(tmp_path, conftest, template, match):
-    conftest.write_tokenizer(tmp_path, conftest.train_backend(), template)
+def test_bad_templates_are_refused(tmp_path, template, match):
+    write_tokenizer(tmp_path, train_backend(), template)
     with pytest.raises(ValueError, match=match):
         Tokenizer.from_pretrained(tmp_path).render_chat(CHATS[0])
 
@@ -139,12 +140,12 @@ def test_objects_do_not_reach_the_template(tokenizer):
         tokenizer.render_chat([{"role": "user", "content": object()}])
 
 
-def test_missing_and_damaged_files(tmp_path, conftest):
+def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(ModelNotFoundError, match="does not exist"):
         Tokenizer.from_pretrained(tmp_path / "absent")
     with pytest.raises(ModelNotFoundError, match="no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
-    conftest.write_tokenizer(tmp_path, conftest.train_backend(), None)
+    write_tokenizer(tmp_path, train_backend(), None)
     with pytest.raises(ValueError, match="need a chat template"):
         Tokenizer.from_pretrained(tmp_path).render_chat(CHATS[0])
     (tmp_path / "tokenizer_config.json").write_text("[1")
