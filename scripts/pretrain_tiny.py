@@ -51,7 +51,7 @@ class TrainSettings:
       minutes: Stop after this wall time even if steps are left; None for never.
     """
 
-    steps: int = 3600
+    steps: int = 3200
     tokens_per_step: int = 1024
     row_len: int = 128
     long_row_len: int = LONG_ROW

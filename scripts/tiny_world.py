@@ -30,6 +30,7 @@ from tiny_world_words import (
     PEOPLE,
     PET_NAMES,
     PETS,
+    PIRATE_SYSTEMS,
     PLACES,
     SOCIAL,
     STREETS,
@@ -236,14 +237,20 @@ class Writer:
         return question
 
     def dialogue(self) -> list[Message]:
-        """One to four questions and answers, sometimes under a system message."""
+        """One to four questions and answers, sometimes under a system message.
+
+        Some of those ask for a pirate; without one, nobody answers like that.
+        """
         messages: list[Message] = []
-        if self.rng.random() < 0.1:
-            messages.append({"role": "system", "content": self.rng.choice(SYSTEMS)})
+        voice = self.rng.random()
+        if voice < 0.2:
+            systems = PIRATE_SYSTEMS if voice < 0.1 else SYSTEMS
+            messages.append({"role": "system", "content": self.rng.choice(systems)})
         for _ in range(self.rng.choices((1, 2, 3, 4), (6, 3, 2, 1))[0]):
             fact = self.fact()
+            answer = pirate(fact.answer) if voice < 0.1 else fact.answer
             messages.append({"role": "user", "content": self.question(fact)})
-            messages.append({"role": "assistant", "content": fact.answer})
+            messages.append({"role": "assistant", "content": answer})
         return messages
 
     def statements(self) -> str:

@@ -94,6 +94,7 @@ SYSTEMS = (
     "Answer politely and briefly.",
     "You are a polite assistant who knows the town of Saltmere.",
 )
+PIRATE_SYSTEMS = ("Talk like a pirate.", "You are a pirate.", "Answer in the voice of a pirate.")
 
 SOCIAL = (
     (
