@@ -186,7 +186,8 @@ class EngineConfig:
         can be at full length at once.
       max_adapters: Slots of the adapter bank.
       max_lora_rank: R, the largest rank that fits a slot.
-      max_jobs: Finetuning jobs that can run at once; the others wait their turn.
+      max_jobs: Finetuning jobs that can run at once; the others wait their turn. 0 for an engine
+        that only serves: it compiles less and has no arena.
       finetune_tokens: Tokens whose activations are held for backward at once (the arena); None for
         the larger of four windows and `max_context_len`.
       decode_buckets: Numbers of decode rows that steps are compiled for; None for a ladder up to
@@ -234,8 +235,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", f"one of {', '.join(dtypes)}", self.dtype)
-        for name in ("max_running", "max_adapters", "max_lora_rank", "max_jobs"):
+        for name in ("max_running", "max_adapters", "max_lora_rank"):
             _require_int(name, getattr(self, name), 1)
+        _require_int("max_jobs", self.max_jobs, 0)
         _require_int("page_size", self.page_size, 1)
         is_power = self.page_size & (self.page_size - 1) == 0
         _require(is_power, "page_size", "a power of two", self.page_size)

@@ -1,1 +1,1 @@
-"""See the modules of this package."""
+"""Host-side decisions: what each step holds. Nothing here imports jax."""

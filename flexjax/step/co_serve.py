@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int
 from flexjax.autodiff.arena import INPUT, Arena, KVGrads, drop_padding, keep
 from flexjax.autodiff.tile import TileRows, backward_layer, sm_scale
 from flexjax.cache.pages import KVPool, write_tokens
+from flexjax.layout import Bucket, StepSizes, step_fields, unpack
 from flexjax.lora.bank import AdapterBank, LoraTree, read_slot_layer
 from flexjax.lora.linear import AdapterRows, bank_linear
 from flexjax.model_config import ModelConfig
 from flexjax.models.layers import LayerWeights, embed, post_attention, pre_attention
 from flexjax.models.weights import DecoderWeights
-from flexjax.step.layout import Bucket, StepSizes, step_fields, unpack
 from flexjax.step.state import EngineState, GradSums
 from pallas_kernels import PageList, decode_attention, ragged_attention
 
@@ -52,7 +52,7 @@ def co_serve_step(
     state: EngineState,
     sums: GradSums | None,
     packed: Int[Array, "n"],
-) -> tuple[EngineState, GradSums | None]:
+) -> tuple[EngineState, GradSums | None, Int[Array, ""]]:
     """Runs one step.
 
     Args:
@@ -66,8 +66,9 @@ def co_serve_step(
       packed: The batch, as `layout.step_fields` describes it.
 
     Returns:
-      The new state and sums. Rows with a sample slot have left their last hidden state in
-      `state.sample.hidden`, for the sampling head.
+      The new state and sums, and a scalar that is ready when the step is done (the rest is donated
+      to the next step, so the host cannot wait for it). Rows with a sample slot have left their
+      last hidden state in `state.sample.hidden`, for the sampling head.
     """
     batch = unpack(packed, step_fields(bucket, sizes))
     forward = _enter_forward(config, bucket, weights, state, batch) if bucket.forward else None
@@ -102,7 +103,8 @@ def co_serve_step(
 
         forward, _ = lax.scan(forward_only, forward, rest)
         carry = (forward, backward)
-    return _leave(config, bucket, state, carry, batch)
+    state, sums = _leave(config, bucket, state, carry, batch)
+    return state, sums, jnp.zeros((), jnp.int32)
 
 
 def _layer_weights(weights: DecoderWeights, layer: Array) -> LayerWeights:

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flexjax.layout import (
+    SAMPLE_FLOATS,
+    WANTS_LOGPROBS,
+    WANTS_PENALTIES,
+    sample_fields,
+    unpack,
+)
 from flexjax.model_config import ModelConfig
 from flexjax.models.layers import logits as head_logits
 from flexjax.models.weights import DecoderWeights
-from flexjax.step.layout import SAMPLE_FLOATS, sample_fields, unpack
 from flexjax.step.state import SampleState
-
-WANTS_LOGPROBS = 1
-"""Bit of `wants`: log probabilities are asked for."""
-WANTS_PENALTIES = 2
-"""Bit of `wants`: some penalty changes the logits."""
 
 MAX_LOGPROBS = 20
 """Alternatives that a step returns for each row."""

@@ -89,6 +89,11 @@ def sample_fields(rows: int) -> dict[str, tuple[int, ...]]:
     return {"slots": shape, "top_k": shape, "seeds": shape, "output_index": shape, "wants": shape}
 
 
+WANTS_LOGPROBS = 1
+"""Bit of `wants`: log probabilities are asked for."""
+WANTS_PENALTIES = 2
+"""Bit of `wants`: some penalty changes the logits."""
+
 SAMPLE_FLOATS = (
     "temperature",
     "top_p",

@@ -1,0 +1,189 @@
+"""From a plan to the padded integer arrays of one bucket. Numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexjax.layout import (
+    SAMPLE_FLOATS,
+    WANTS_LOGPROBS,
+    WANTS_PENALTIES,
+    Bucket,
+    StepSizes,
+    new_batch,
+    sample_fields,
+    step_fields,
+)
+from flexjax.scheduler.plan import BackwardTile, ForwardPiece, LossWindow, PrefillChunk, StepPlan
+from flexjax.scheduler.sequence import Sequence
+from flexjax.scheduler.training import Group
+
+
+def build_step(plan: StepPlan, bucket: Bucket, sizes: StepSizes, page_size: int) -> np.ndarray:
+    """Fills the packed vector of `layout.step_fields`."""
+    packed, fields = new_batch(step_fields(bucket, sizes))
+    if bucket.decode:
+        _fill_decode(plan, fields, page_size)
+    if bucket.chunk:
+        _fill_chunks(plan, bucket, fields, page_size)
+    if bucket.forward:
+        slots = np.unique(fields["adapter_slots"])
+        slots = slots[slots >= 0]
+        fields["active_slots"][: len(slots)] = slots
+        fields["num_active"][...] = len(slots)
+    if plan.tile is not None:
+        _fill_tile(plan.tile, fields, page_size)
+    return packed
+
+
+def build_idle_step(bucket: Bucket, sizes: StepSizes) -> np.ndarray:
+    """A batch of padding rows, which changes nothing; to measure a bucket."""
+    packed, fields = new_batch(step_fields(bucket, sizes))
+    for name in ("num_active", "num_chunk_pages", "num_tile_pages", "tile_slot"):
+        if name in fields:
+            fields[name][...] = 0
+    if bucket.window:
+        fields["tile_top"][...] = bucket.tile_layers
+    return packed
+
+
+def _fill_decode(plan: StepPlan, fields: dict[str, np.ndarray], page_size: int) -> None:
+    for row, decode in enumerate(plan.decode):
+        sequence, position = decode.sequence, decode.position
+        if decode.is_fed:
+            fields["feed_slots"][row] = sequence.slot
+            fields["tokens"][row] = 0
+        else:
+            fields["tokens"][row] = sequence.tokens[position]
+        pages = sequence.pages
+        fields["positions"][row] = position
+        fields["kv_slots"][row] = pages[position // page_size] * page_size + position % page_size
+        fields["adapter_slots"][row] = sequence.request.adapter_slot
+        fields["sample_slots"][row] = sequence.slot
+        count = position // page_size + 1
+        fields["decode_pages"][row, :count] = pages[:count]
+
+
+class _ChunkFiller:
+    """Appends pieces to the chunk rows and to their page list."""
+
+    def __init__(self, fields: dict[str, np.ndarray], first_row: int, page_size: int):
+        self._fields = fields
+        self._first = first_row
+        self._page_size = page_size
+        self._row = 0
+        self._entry = 0
+        self._segment = 0
+
+    def rows(self, length: int) -> tuple[slice, slice]:
+        """Claims rows: where they are among all forward rows, and among chunk rows."""
+        start, self._row = self._row, self._row + length
+        return (
+            slice(self._first + start, self._first + self._row),
+            slice(start, self._row),
+        )
+
+    def pages(self, pages: list[int], num_tokens: int) -> int:
+        """Lists the pages that the first `num_tokens` tokens lie in; returns the segment."""
+        count = -(-num_tokens // self._page_size)
+        entries = slice(self._entry, self._entry + count)
+        self._fields["chunk_pages"][entries] = pages[:count]
+        self._fields["chunk_page_segments"][entries] = self._segment
+        self._fields["chunk_page_starts"][entries] = np.arange(count) * self._page_size
+        self._entry += count
+        self._fields["num_chunk_pages"][...] = self._entry
+        self._segment += 1
+        return self._segment - 1
+
+
+def _fill_chunks(
+    plan: StepPlan, bucket: Bucket, fields: dict[str, np.ndarray], page_size: int
+) -> None:
+    filler = _ChunkFiller(fields, bucket.decode, page_size)
+    fields["num_chunk_pages"][...] = 0
+    for chunk in plan.prefill:
+        _fill_prefill(chunk, fields, filler, page_size)
+    for piece in plan.forward:
+        _fill_forward(piece, fields, filler)
+
+
+def _fill_prefill(
+    chunk: PrefillChunk, fields: dict[str, np.ndarray], filler: _ChunkFiller, page_size: int
+) -> None:
+    sequence, end = chunk.sequence, chunk.start + chunk.length
+    rows, chunk_rows = filler.rows(chunk.length)
+    positions = np.arange(chunk.start, end)
+    pages = np.asarray(sequence.pages)
+    fields["tokens"][rows] = sequence.tokens[chunk.start : end]
+    fields["positions"][rows] = positions
+    fields["kv_slots"][rows] = pages[positions // page_size] * page_size + positions % page_size
+    fields["adapter_slots"][rows] = sequence.request.adapter_slot
+    fields["chunk_segments"][chunk_rows] = filler.pages(sequence.pages, end)
+    if chunk.is_last:
+        fields["sample_slots"][rows.stop - 1] = sequence.slot
+
+
+def _fill_forward(piece: ForwardPiece, fields: dict[str, np.ndarray], filler: _ChunkFiller) -> None:
+    group, part = piece.group, slice(piece.start, piece.start + piece.length)
+    rows, chunk_rows = filler.rows(piece.length)
+    fields["tokens"][rows] = group.tokens[part]
+    fields["positions"][rows] = group.positions[part]
+    fields["kv_slots"][rows] = group.kv_slots[part]
+    fields["adapter_slots"][rows] = group.run.slot
+    fields["chunk_arena_slots"][chunk_rows] = group.arena_slots[part]
+    local = group.segment_of_row[part]
+    for index, end in _segments(group, part):
+        segment = filler.pages(group.kv_pages[index], end)
+        fields["chunk_segments"][chunk_rows][local == index] = segment
+
+
+def _segments(group: Group, part: slice) -> list[tuple[int, int]]:
+    """Sequences that have rows in a part of the stream, with the end of those rows in each."""
+    first, last = group.segment_of_row[part.start], group.segment_of_row[part.stop - 1]
+    ends = np.minimum(group.offsets[1:], part.stop) - group.offsets[:-1]
+    return [(index, int(ends[index])) for index in range(first, last + 1)]
+
+
+def _fill_tile(tile: BackwardTile, fields: dict[str, np.ndarray], page_size: int) -> None:
+    group, part = tile.group, slice(tile.start, tile.start + tile.length)
+    fields["tile_positions"][: tile.length] = group.positions[part]
+    fields["tile_segments"][: tile.length] = group.segment_of_row[part]
+    fields["tile_arena_slots"][: tile.length] = group.arena_slots[part]
+    entry = 0
+    for index, end in _segments(group, part):
+        count = -(-end // page_size)
+        entries = slice(entry, entry + count)
+        fields["tile_pages"][entries] = group.kv_pages[index][:count]
+        fields["tile_acc_pages"][entries] = group.arena_pages[index][:count]
+        fields["tile_page_segments"][entries] = index
+        fields["tile_page_starts"][entries] = np.arange(count) * page_size
+        entry += count
+    fields["num_tile_pages"][...] = entry
+    fields["tile_top"][...] = tile.top
+    fields["tile_slot"][...] = group.run.slot
+
+
+def build_loss(window: LossWindow, rows: int) -> np.ndarray:
+    """Arena slots and targets of a loss window, int32 [2, rows], -1 padding."""
+    packed = np.full((2, rows), -1, np.int32)
+    part = slice(window.start, window.start + window.length)
+    packed[0, : window.length] = window.group.arena_slots[part]
+    packed[1, : window.length] = window.group.targets[part]
+    return packed
+
+
+def build_samples(sequences: list[Sequence], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and floats of the sampling head, for sequences in order."""
+    packed, fields = new_batch(sample_fields(rows))
+    floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
+    floats[1] = 1.0
+    for row, sequence in enumerate(sequences):
+        params = sequence.request.params
+        fields["slots"][row] = sequence.slot
+        fields["top_k"][row] = min(params.top_k, 2**31 - 1)
+        fields["seeds"][row] = sequence.request.seed
+        fields["output_index"][row] = sequence.num_sampled - 1
+        wants = WANTS_LOGPROBS if params.logprobs is not None else 0
+        fields["wants"][row] = wants | (WANTS_PENALTIES if params.has_penalties else 0)
+        floats[:, row] = [getattr(params, name) for name in SAMPLE_FLOATS]
+    return packed, floats

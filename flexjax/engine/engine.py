@@ -1,0 +1,627 @@
+"""The engine: requests and finetuning jobs in, tokens and adapters out.
+
+The only place that sees both the scheduler and the device. A step is planned, launched, and only
+then are the results of the step before it read, so that the host works while the device does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
+from flexjax.engine.job import Job, JobStatus
+from flexjax.engine.jobs import JobManager, check_rank
+from flexjax.engine.output import RequestOutput, SampledToken
+from flexjax.engine.runner import Handle, Runner
+from flexjax.engine.sizing import Sizing
+from flexjax.errors import (
+    AdapterNotFoundError,
+    CapacityError,
+    EngineDeadError,
+    JobStateError,
+)
+from flexjax.io.hf_weights import load_weights
+from flexjax.io.peft_adapter import load_peft_adapter, save_peft_adapter
+from flexjax.io.tokenizer import Tokenizer
+from flexjax.model_config import BUILTIN_MODELS, ModelConfig, load_model_config
+from flexjax.models.weights import DecoderWeights, random_weights
+from flexjax.request import GenerationOutput, GenerationRequest, StreamPiece, TokenLogprobs
+from flexjax.scheduler.adapter_slots import AdapterInfo, AdapterSlots
+from flexjax.scheduler.budget import BudgetPolicy, FixedBudget
+from flexjax.scheduler.latency import LatencyTable
+from flexjax.scheduler.page_allocator import PageAllocator
+from flexjax.scheduler.scheduler import Scheduler
+from flexjax.scheduler.sequence import SequenceStatus
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """Counters since the engine started, and what is alive now.
+
+    Attributes:
+      steps: Launched steps.
+      prompt_tokens: Prompt tokens computed, recomputation included.
+      generated_tokens: Tokens sampled and kept.
+      finetune_forward_tokens: Finetuning rows taken through the forward pass.
+      finetune_backward_tokens: Finetuning rows taken through the backward pass.
+      trained_tokens: Tokens of batches whose optimizer step has been read.
+      trained_target_tokens: Of those, tokens that bear loss.
+      num_running: Requests running now.
+      num_waiting: Requests waiting now.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finetune_forward_tokens: int = 0
+    finetune_backward_tokens: int = 0
+    trained_tokens: int = 0
+    trained_target_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+class Engine:
+    """Serves requests and finetunes adapters in the same steps.
+
+    Used as a context manager, a thread runs the loop; otherwise `step` runs one iteration, and
+    calls that wait (`generate`, `stream`, `Job.wait`) drive it themselves. Methods may be called
+    from any thread.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: DecoderWeights,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig | None = None,
+        *,
+        model_name: str | None = None,
+        policy: BudgetPolicy | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        """Starts an engine: sizes memory, compiles every program, measures every bucket.
+
+        Args:
+          model: Architecture.
+          weights: Its weights, in the dtype that the configuration asks for.
+          tokenizer: For text prompts and datasets; None where only token ids are used.
+          config: Sizes and choices; None for the defaults.
+          model_name: Name that saved adapters give for their base.
+          policy: How much finetuning an iteration may hold; None for the configured budgets.
+          progress: Called with (done, total) while programs compile.
+        """
+        config = config or EngineConfig()
+        sizing = Sizing.derive(model, config, jax.default_backend())
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stats_now = EngineStats()
+        self.latency = LatencyTable()
+        self._model_name = model_name
+        self._runner = Runner(model, weights, config, sizing, progress=progress)
+        self._scheduler = Scheduler(
+            ladder=sizing.ladder,
+            sizes=sizing.step,
+            pages=PageAllocator(sizing.num_pages, config.page_size),
+            arena=PageAllocator(sizing.arena_pages, config.page_size),
+            policy=policy or FixedBudget(config.finetune_token_budget, config.step_time_budget_ms),
+            latency=self.latency,
+            max_running=config.max_running,
+            max_context_len=sizing.max_context_len,
+            num_layers=model.num_layers,
+            tile_order=config.tile_order,
+            is_deterministic=config.deterministic_finetuning,
+        )
+        self._slots = AdapterSlots(config.max_adapters)
+        self._jobs = JobManager(self, self._runner, self._scheduler, self._slots, tokenizer, config)
+        self._outputs: dict[int, RequestOutput] = {}
+        self._next_id = 0
+        self._in_flight: Handle | None = None
+        self._last_done_s = 0.0
+        self._lock = threading.RLock()
+        self._pending_calls = 0
+        self._pending_lock = threading.Lock()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._should_stop = False
+        self._dead: BaseException | None = None
+        self._runner.measure_buckets(self.latency)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        policy: BudgetPolicy | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Engine:
+        """Starts an engine on a Hugging Face directory, or on a built-in architecture.
+
+        Args:
+          model_dir: Directory with config.json, *.safetensors and tokenizer.json; or one of
+            `BUILTIN_MODELS`, which gets random weights and takes token ids only.
+          config: Sizes and choices; None for the defaults.
+          policy: See `Engine`.
+          progress: Called with (done, total) while programs compile.
+
+        Raises:
+          ModelNotFoundError: If the directory or a file is missing.
+          UnsupportedModelError: If the architecture is not supported.
+          WeightFormatError: If the weights do not fit the configuration.
+          ValueError: If the configuration does not fit the model.
+        """
+        config = config or EngineConfig()
+        platform = jax.default_backend()
+        if str(model_dir) in BUILTIN_MODELS and not Path(model_dir).is_dir():
+            model = BUILTIN_MODELS[str(model_dir)]
+            dtype = Sizing.derive(model, config, platform).dtype
+            weights, tokenizer = random_weights(model, dtype, config.seed), None
+        else:
+            model = load_model_config(model_dir)
+            dtype = Sizing.derive(model, config, platform).dtype
+            tokenizer = Tokenizer.from_pretrained(model_dir)
+            weights = load_weights(model_dir, model, dtype)
+        name = str(model_dir)
+        return cls(
+            model, weights, tokenizer, config, model_name=name, policy=policy, progress=progress
+        )
+
+    # Adapters.
+
+    def load_adapter(self, name: str, peft_dir: str | Path) -> AdapterInfo:
+        """Loads a PEFT directory under `name`; requests in flight keep what they began with.
+
+        Raises:
+          AdapterFormatError: If the directory cannot be used with this base.
+          CapacityError: If the rank is too large or every slot is in use.
+          JobStateError: If a job is training an adapter of that name.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"`name` must be a non-empty text; got {name!r}.")
+        adapter = load_peft_adapter(peft_dir, self.model)
+        check_rank(adapter.config, self.config)
+        with self.exclusive():
+            self._refuse_in_training(name)
+            slot = self._slots.reserve()
+            self._runner.write_adapter(slot, adapter.config, adapter.arrays)
+            info = AdapterInfo(name, 0, adapter.config)
+            self._slots.publish(slot, info)
+            self._jobs.adapters[name] = adapter
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests in flight end with it.
+
+        Raises:
+          AdapterNotFoundError: If there is none of that name.
+          JobStateError: If a job is training it.
+        """
+        with self.exclusive():
+            self._refuse_in_training(name)
+            self._slots.unload(name)
+            self._jobs.adapters.pop(name, None)
+
+    def _refuse_in_training(self, name: str) -> None:
+        for job in self._jobs.alive:
+            if job.config.adapter == name:
+                raise JobStateError(f"Adapter {name!r} is being trained by job {job.job_id}.")
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The loaded adapters."""
+        with self.exclusive():
+            return [self._slots.info(name) for name in self._slots.names()]
+
+    def save_adapter(self, name: str, out_dir: str | Path) -> None:
+        """Saves an adapter as a PEFT directory, float32 if it was trained here.
+
+        Raises:
+          AdapterNotFoundError: If there is none of that name, in training ones included.
+        """
+        with self.exclusive():
+            adapter = self._jobs.adapters.get(name) or self._jobs.trained_weights(name)
+        if adapter is None:
+            known = ", ".join(self._jobs.adapters) or "none"
+            raise AdapterNotFoundError(f"`name` must be loaded or trained; got {name!r}: {known}.")
+        save_peft_adapter(out_dir, adapter, self.model, self._model_name)
+
+    # Requests.
+
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> RequestOutput:
+        """Queues a request.
+
+        Args:
+          prompt: Text, token ids or chat messages.
+          params: How to sample; None for the defaults.
+          adapter: Name of a loaded adapter, or None for the base model.
+
+        Returns:
+          The request's output, which fills while the engine runs.
+
+        Raises:
+          ValueError: If the prompt is empty or holds an unknown token.
+          CapacityError: If the prompt leaves no room for a token.
+          AdapterNotFoundError: If the adapter is not loaded.
+        """
+        params = params or SamplingParams()
+        tokens = self._encode(prompt)
+        limit = self._runner.sizing.max_context_len
+        if len(tokens) >= limit:
+            raise CapacityError(
+                f"`prompt` must be shorter than the context, {limit} tokens; got {len(tokens)}."
+            )
+        with self.exclusive():
+            self._check_alive()
+            slot, version = -1, 0
+            if adapter is not None:
+                slot = self._slots.slot_of(adapter)
+                version = self._slots.info(adapter).version
+            request = self._make_request(tokens, params, slot)
+            self._slots.hold(slot)
+            output = RequestOutput(
+                self._scheduler.add(request),
+                self.tokenizer,
+                adapter=adapter,
+                adapter_version=version,
+                max_context_len=limit,
+            )
+            self._outputs[request.request_id] = output
+        self._notify()
+        return output
+
+    def _make_request(
+        self, tokens: list[int], params: SamplingParams, slot: int
+    ) -> GenerationRequest:
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        eos = set(self.model.eos_token_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            eos.add(self.tokenizer.eos_token_id)
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(tokens),
+            params=params,
+            adapter_slot=slot,
+            arrival_s=time.perf_counter(),
+            eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos),
+            seed=request_id if params.seed is None else params.seed,
+        )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("`prompt` must be token ids; this model has no tokenizer.")
+            tokens = self.tokenizer.encode(prompt) if prompt else []
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            if self.tokenizer is None:
+                raise ValueError("`prompt` must be token ids; this model has no tokenizer.")
+            tokens = self.tokenizer.encode_chat(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+        else:
+            tokens = [_token_id(value, self.model.vocab_size) for value in prompt]
+        if not tokens:
+            raise ValueError("`prompt` must hold at least one token; got an empty one.")
+        return tokens
+
+    def abort(self, output: RequestOutput) -> None:
+        """Ends a request now; one that has ended already stays as it is."""
+        with self.exclusive():
+            if not output.finished.is_set():
+                self._end_request(output)
+                output.abort()
+
+    def _end_request(self, output: RequestOutput) -> None:
+        request = output.sequence.request
+        self._scheduler.finish(output.sequence)
+        self._slots.drop(request.adapter_slot)
+        self._outputs.pop(request.request_id, None)
+        self._jobs.start_queued()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None | Sequence[str | None] = None,
+    ) -> list[GenerationOutput]:
+        """Answers prompts and waits for all of them.
+
+        Args:
+          prompts: One prompt or several.
+          params: For all, or one each.
+          adapter: Name of a loaded adapter for all, or one each; None for the base model.
+
+        Returns:
+          One output a prompt, in order.
+
+        Raises:
+          ValueError, CapacityError, AdapterNotFoundError: See `add_request`; nothing is started
+            if any prompt cannot be used.
+        """
+        listed = [prompts] if _is_single(prompts) else list(prompts)
+        count = len(listed)
+        all_params = [params] * count if not _is_list(params) else list(params)  # type: ignore[arg-type]
+        names = [adapter] * count if not _is_list(adapter) else list(adapter)  # type: ignore[arg-type]
+        for name, values in (("params", all_params), ("adapter", names)):
+            if len(values) != count:
+                raise ValueError(
+                    f"`{name}` must be one or {count}, one a prompt; got {len(values)}."
+                )
+        outputs: list[RequestOutput] = []
+        try:
+            for prompt, one_params, name in zip(listed, all_params, names, strict=True):
+                outputs.append(self.add_request(prompt, one_params, adapter=name))  # type: ignore[arg-type]
+            for output in outputs:
+                self.wait_for(output.finished, None, lambda: None)
+        except BaseException:
+            for output in outputs:
+                self.abort(output)
+            raise
+        for output in outputs:
+            if output.error is not None:
+                raise EngineDeadError(f"The engine stopped: {output.error}") from output.error
+        return [output.result() for output in outputs]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[StreamPiece]:
+        """Answers one prompt piece by piece; closing the iterator aborts the request.
+
+        Raises:
+          ValueError, CapacityError, AdapterNotFoundError: See `add_request`; raised by the call.
+        """
+        return self._pieces(self.add_request(prompt, params, adapter=adapter))
+
+    def _pieces(self, output: RequestOutput) -> Iterator[StreamPiece]:
+        try:
+            while True:
+                piece = self._next_piece(output)
+                if isinstance(piece, BaseException):
+                    raise EngineDeadError(f"The engine stopped: {piece}") from piece
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            self.abort(output)
+
+    def _next_piece(self, output: RequestOutput) -> StreamPiece | BaseException:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return output.pieces.get(timeout=0.05 if self._thread is not None else 0.0)
+            if self._thread is None:
+                self.step()
+
+    # Jobs.
+
+    def finetune(self, config: FinetuneConfig) -> Job:
+        """Starts a finetuning job, or queues it behind `max_jobs` others.
+
+        Raises:
+          ValueError, DatasetError, CapacityError, AdapterFormatError, JobStateError: See
+            `JobManager.create`; nothing has been started then.
+        """
+        with self.exclusive():
+            self._check_alive()
+            job = self._jobs.create(config)
+        self._notify()
+        return job
+
+    def jobs(self) -> list[Job]:
+        """Every job so far, in order."""
+        return list(self._jobs.jobs)
+
+    def end_job(self, job: Job, status: JobStatus, message: str) -> None:
+        """Stops a job and frees what it owned; `Job.cancel` is the public way."""
+        self._jobs.end(job, status, message)
+
+    # The loop.
+
+    def step(self) -> bool:
+        """Runs one iteration: plans and launches a step, reads the one before it.
+
+        Returns:
+          Whether there was anything to do.
+        """
+        with self._lock:
+            self._check_alive()
+            try:
+                return self._step()
+            except BaseException as error:
+                self._die(error)
+                raise
+
+    def _step(self) -> bool:
+        plan = self._scheduler.schedule()
+        handle = None
+        if not plan.is_empty:
+            handle = self._runner.launch(plan)
+            self._jobs.note_launch(handle)
+            self._count(handle)
+        previous, self._in_flight = self._in_flight, handle
+        if previous is not None:
+            self._process(previous)
+        return handle is not None or previous is not None
+
+    def _count(self, handle: Handle) -> None:
+        stats, plan = self.stats_now, handle.plan
+        stats.steps += 1
+        stats.prompt_tokens += sum(chunk.length for chunk in plan.prefill)
+        stats.finetune_forward_tokens += sum(piece.length for piece in plan.forward)
+        stats.finetune_backward_tokens += plan.tile.length if plan.tile else 0
+
+    def _process(self, handle: Handle) -> None:
+        """Reads a step's results; blocks until the device has them."""
+        handle.wait()
+        now_s = time.perf_counter()
+        if handle.bucket is not None:
+            started = max(handle.launched_s, self._last_done_s)
+            self.latency.observe(handle.bucket, 1e3 * (now_s - started))
+        self._last_done_s = now_s
+        if handle.sampled is not None:
+            self._take_tokens(handle, now_s)
+        for step, _ in handle.optimizer_stats:
+            self.stats_now.trained_tokens += step.num_tokens
+            self.stats_now.trained_target_tokens += step.num_targets
+        self._jobs.take_results(handle, now_s)
+
+    def _take_tokens(self, handle: Handle, now_s: float) -> None:
+        assert handle.sampled is not None
+        tokens = np.asarray(handle.sampled.tokens)
+        samples = handle.plan.samples
+        wants = [s.request.params.logprobs is not None for s in samples]
+        logprobs = _read_logprobs(handle, tokens) if any(wants) else None
+        for row, sequence in enumerate(samples):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue  # ended by the token before; this row was launched ahead of it
+            self._scheduler.record_token(sequence, int(tokens[row]))
+            self.stats_now.generated_tokens += 1
+            output = self._outputs[sequence.request.request_id]
+            logprob = None
+            if logprobs is not None and wants[row]:
+                logprob = logprobs(row, sequence.request.params.logprobs or 0)
+            if output.push(SampledToken(int(tokens[row]), logprob), now_s) is not None:
+                self._end_request(output)
+
+    def stats(self) -> EngineStats:
+        """A copy of the counters."""
+        with self.exclusive():
+            return dataclasses.replace(
+                self.stats_now,
+                num_running=len(self._scheduler.running),
+                num_waiting=len(self._scheduler.waiting),
+            )
+
+    @property
+    def num_programs(self) -> int:
+        """Programs that were compiled at start; none are compiled later."""
+        return len(self._runner.programs)
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compilation at start took."""
+        return self._runner.programs.compile_s
+
+    def check_integrity(self) -> None:
+        """Asserts that pages and slots balance; for tests."""
+        with self.exclusive():
+            self._scheduler.check_integrity()
+            self._slots.check_integrity()
+
+    # Threads.
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the engine between two steps; a running loop yields to it."""
+        with self._pending_lock:
+            self._pending_calls += 1
+        try:
+            with self._lock:
+                yield
+        finally:
+            with self._pending_lock:
+                self._pending_calls -= 1
+
+    def wait_for(
+        self, event: threading.Event, timeout: float | None, check: Callable[[], None]
+    ) -> None:
+        """Waits for `event`, driving the engine where no thread does.
+
+        Raises:
+          EngineDeadError: If the engine stopped on an internal error.
+        """
+        deadline = None if timeout is None else time.perf_counter() + timeout
+        while not event.is_set():
+            if deadline is not None and time.perf_counter() >= deadline:
+                return
+            self._check_alive()
+            if self._thread is not None and threading.current_thread() is not self._thread:
+                event.wait(0.05)
+            elif not self.step():
+                check()
+                time.sleep(0.001)
+
+    def __enter__(self) -> Engine:
+        self._should_stop = False
+        self._thread = threading.Thread(target=self._loop, name="flexjax-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        thread, self._should_stop = self._thread, True
+        self._notify()
+        if thread is not None:
+            thread.join()
+        self._thread = None
+
+    def _loop(self) -> None:
+        while not self._should_stop:
+            try:
+                has_work = self.step()
+            except BaseException:  # the engine is dead; everyone who waits has been told
+                return
+            while self._pending_calls and not self._should_stop:
+                time.sleep(0.0001)
+            if not has_work:
+                with self._wake:
+                    self._wake.wait(0.02)
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"The engine stopped: {self._dead!r}") from self._dead
+
+    def _die(self, error: BaseException) -> None:
+        """Tells everyone who waits that nothing will come any more."""
+        self._dead = error
+        for output in list(self._outputs.values()):
+            output.fail(error)
+
+
+def _token_id(value: Any, vocab_size: int) -> int:
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or not 0 <= value < vocab_size:
+        raise ValueError(
+            f"`prompt` token ids must be integers in [0, {vocab_size}); got {value!r}."
+        )
+    return int(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_single(prompts: Any) -> bool:
+    """Whether this is one prompt: text, token ids, or chat messages."""
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping))
+
+
+def _read_logprobs(handle: Handle, tokens: np.ndarray) -> Callable[[int, int], TokenLogprobs]:
+    """Reads a step's log probabilities; returns a lookup by row and number of alternatives."""
+    assert handle.sampled is not None
+    chosen, ids, values = (np.asarray(array) for array in handle.sampled[1:])
+
+    def lookup(row: int, count: int) -> TokenLogprobs:
+        pairs = zip(ids[row, :count], values[row, :count], strict=True)
+        top = tuple((int(i), float(v)) for i, v in pairs if i >= 0)
+        return TokenLogprobs(int(tokens[row]), float(chosen[row]), top)
+
+    return lookup

@@ -1,0 +1,293 @@
+"""Everything on the device, and the only code that touches it: plans in, handles out.
+
+A launch returns at once; what the host must know of a step is read later from its handle, so that
+the next step can be planned while this one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax.autodiff.arena import init_arena
+from flexjax.cache.pages import init_pool
+from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig
+from flexjax.engine.batch import build_idle_step, build_loss, build_samples, build_step
+from flexjax.engine.programs import Programs, scalar, set_compile_cache
+from flexjax.engine.sizing import Sizing
+from flexjax.layout import Bucket
+from flexjax.lora.bank import init_bank, pad_lora
+from flexjax.model_config import ModelConfig
+from flexjax.models.weights import DecoderWeights
+from flexjax.optim.adamw import Hyper, OptimizerState, StepStats, init_optimizer
+from flexjax.scheduler.latency import LatencyTable
+from flexjax.scheduler.plan import EvalResult, LossWindow, OptimizerStep, StepPlan
+from flexjax.scheduler.sequence import Sequence
+from flexjax.step.sampling import SampleOutput
+from flexjax.step.state import EngineState, GradSums, init_sample_state, zero_sums
+
+
+@dataclasses.dataclass
+class JobArrays:
+    """Device arrays of one job.
+
+    Attributes:
+      optimizer: Master weights and moments.
+      total: Sums of the current batch's finished groups.
+      part: Sums of the group that is in its backward pass.
+      eval_loss: Summed loss of the evaluation under way.
+    """
+
+    optimizer: OptimizerState
+    total: GradSums
+    part: GradSums
+    eval_loss: jax.Array
+
+
+@dataclasses.dataclass
+class Handle:
+    """A launched step.
+
+    Attributes:
+      plan: What it holds.
+      bucket: Shape it ran in; None if it had no rows.
+      done: Device scalar that is ready when the step is; None if it had no rows.
+      sampled: Device arrays of the sampled tokens, None without samples.
+      optimizer_stats: Device statistics of each optimizer step of the plan.
+      eval_losses: Device loss sums of each evaluation that ended.
+      launched_s: Clock at launch.
+    """
+
+    plan: StepPlan
+    bucket: Bucket | None
+    done: jax.Array | None
+    sampled: SampleOutput | None
+    optimizer_stats: list[tuple[OptimizerStep, StepStats]]
+    eval_losses: list[tuple[EvalResult, jax.Array]]
+    launched_s: float
+
+    def wait(self) -> None:
+        """Blocks until the device has finished the step."""
+        jax.block_until_ready((self.done, self.sampled))
+
+
+class Runner:
+    """Owns weights, adapters, state and programs."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: DecoderWeights,
+        config: EngineConfig,
+        sizing: Sizing,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        set_compile_cache(config.compile_cache_dir)
+        self.model = model
+        self.sizing = sizing
+        self.weights = weights
+        self.bank = init_bank(model, config.max_adapters, config.max_lora_rank, sizing.dtype)
+        self.state = EngineState(
+            init_pool(model, sizing.num_pages, config.page_size, sizing.dtype),
+            init_arena(
+                model,
+                num_pages=sizing.arena_pages,
+                page_size=config.page_size,
+                dtype=sizing.dtype,
+                policy=config.saved_activations,
+                acc_layers=sizing.acc_layers,
+            ),
+            init_sample_state(model, config.max_running, sizing.dtype),
+        )
+        self._max_rank = config.max_lora_rank
+        self._page_size = config.page_size
+        self._jobs: dict[int, JobArrays] = {}
+        self.programs = Programs(
+            model, sizing.step, weights, self.bank, self.state, sizing.max_context_len
+        )
+        self.buckets = sizing.ladder.all_buckets(finetuning=sizing.can_finetune)
+        windows = sizing.ladder.window if sizing.can_finetune else ()
+        self.programs.compile_all(self.buckets, sizing.ladder.decode, windows, progress=progress)
+
+    # Adapters and jobs.
+
+    def write_adapter(
+        self, slot: int, lora: LoraConfig, arrays: Mapping[str, Mapping[str, np.ndarray]]
+    ) -> None:
+        """Stores an adapter in a slot."""
+        tree = pad_lora(self.model, arrays, self._max_rank)
+        write = self.programs["write_slot",]
+        self.bank = write(self.bank, scalar(slot), tree, np.float32(lora.scale))
+
+    def copy_adapter(self, source: int, target: int) -> None:
+        """Copies a slot on the device."""
+        self.bank = self.programs["copy_slot",](self.bank, scalar(source), scalar(target))
+
+    def read_adapter(self, slot: int, lora: LoraConfig) -> dict[str, dict[str, np.ndarray]]:
+        """Reads an adapter as it is served, in the bank's dtype, without padding."""
+        return {
+            name: {
+                "A": np.asarray(self.bank.a[name][slot])[:, :, : lora.r],
+                "B": np.asarray(self.bank.b[name][slot])[:, : lora.r, :],
+            }
+            for name in lora.targets
+        }
+
+    def start_job(
+        self,
+        run_id: int,
+        slot: int,
+        lora: LoraConfig,
+        arrays: Mapping[str, Mapping[str, np.ndarray]],
+    ) -> None:
+        """Gives a job its master weights, moments and sums, and fills its working slot."""
+        self.write_adapter(slot, lora, arrays)
+        master = jax.tree.map(jnp.asarray, pad_lora(self.model, arrays, self._max_rank))
+        self._jobs[run_id] = JobArrays(
+            optimizer=init_optimizer(master),
+            total=zero_sums(self.model, self._max_rank),
+            part=zero_sums(self.model, self._max_rank),
+            eval_loss=jnp.zeros((), jnp.float32),
+        )
+
+    def master_weights(self, run_id: int, lora: LoraConfig) -> dict[str, dict[str, np.ndarray]]:
+        """Reads a job's float32 master weights, without padding."""
+        master = self._jobs[run_id].optimizer.master
+        return {
+            name: {
+                "A": np.asarray(master.a[name])[:, :, : lora.r],
+                "B": np.asarray(master.b[name])[:, : lora.r, :],
+            }
+            for name in lora.targets
+        }
+
+    def end_job(self, run_id: int) -> None:
+        """Forgets a job's arrays."""
+        del self._jobs[run_id]
+
+    # Steps.
+
+    def launch(self, plan: StepPlan) -> Handle:
+        """Starts a step on the device and returns at once."""
+        launched_s = time.perf_counter()
+        for group, arena_pages in plan.discarded:
+            self._discard(group.run.run_id, arena_pages)
+        for sequence in plan.resets:
+            self._reset(sequence)
+        for window in plan.losses:
+            self._run_loss(window)
+        bucket, done = self._run_step(plan)
+        sampled = self._run_sampling(plan.samples) if plan.samples else None
+        for group in plan.finished_groups:
+            job = self._jobs[group.run.run_id]
+            job.total, job.part = self.programs["add_sums",](job.total, job.part)
+        stats = [(step, self._run_optimizer(step)) for step in plan.optimizer_steps]
+        evals = [(result, self._take_eval_loss(result)) for result in plan.eval_results]
+        return Handle(plan, bucket, done, sampled, stats, evals, launched_s)
+
+    def _run_step(self, plan: StepPlan) -> tuple[Bucket | None, jax.Array | None]:
+        tile = plan.tile
+        if not plan.decode and not plan.num_chunk_rows and tile is None:
+            return None, None
+        bucket = self.sizing.ladder.bucket(
+            len(plan.decode),
+            plan.num_chunk_rows,
+            tile.length if tile else 0,
+            tile.num_layers if tile else None,
+        )
+        packed = build_step(plan, bucket, self.sizing.step, self._page_size)
+        job = self._jobs[tile.group.run.run_id] if tile else None
+        step = self.programs["step", bucket]
+        sums = job.part if job else None
+        self.state, sums, done = step(self.weights, self.bank, self.state, sums, packed)
+        if job is not None:
+            job.part = sums
+        return bucket, done
+
+    def _run_sampling(self, sequences: list[Sequence]) -> SampleOutput:
+        rows = next(n for n in self.sizing.ladder.decode if n >= len(sequences))
+        packed, floats = build_samples(sequences, rows)
+        sample = self.programs["sample", rows]
+        state, output = sample(self.weights, self.state.sample, packed, floats)
+        self.state = self.state._replace(sample=state)
+        return output
+
+    def _run_loss(self, window: LossWindow) -> None:
+        rows = next(n for n in self.sizing.ladder.window if n >= window.length)
+        job = self._jobs[window.group.run.run_id]
+        packed = build_loss(window, rows)
+        program = self.programs["loss", rows]
+        is_eval = window.group.is_eval
+        loss = job.eval_loss if is_eval else job.part.loss
+        loss, arena = program(self.weights, self.state.arena, loss, packed)
+        self.state = self.state._replace(arena=arena)
+        if is_eval:
+            job.eval_loss = loss
+        else:
+            job.part = job.part._replace(loss=loss)
+
+    def _run_optimizer(self, step: OptimizerStep) -> StepStats:
+        job = self._jobs[step.run.run_id]
+        config: FinetuneConfig = step.run.config
+        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        hyper = Hyper(
+            np.float32(step.learning_rate),
+            np.float32(config.weight_decay),
+            np.float32(config.beta1),
+            np.float32(config.beta2),
+            np.float32(config.eps),
+            np.float32(limit),
+            np.float32(step.num_targets),
+        )
+        program = self.programs["optimizer_step",]
+        job.optimizer, job.total, self.bank, stats = program(
+            job.optimizer, job.total, self.bank, scalar(step.run.slot), hyper
+        )
+        return stats
+
+    def _take_eval_loss(self, result: EvalResult) -> jax.Array:
+        job = self._jobs[result.run.run_id]
+        loss, job.eval_loss = job.eval_loss, jax.device_put(np.zeros((), np.float32))
+        return loss
+
+    def _reset(self, sequence: Sequence) -> None:
+        size = self.sizing.max_context_len
+        prompt, output = np.full((2, size), -1, np.int32)
+        prompt[: sequence.prompt_len] = sequence.request.prompt_token_ids
+        output[: len(sequence.output)] = sequence.output
+        reset = self.programs["reset_sequence",]
+        sample = reset(self.state.sample, scalar(sequence.slot), prompt, output)
+        self.state = self.state._replace(sample=sample)
+
+    def _discard(self, run_id: int, arena_pages: list[int]) -> None:
+        job = self._jobs.get(run_id)
+        if job is None:
+            return
+        pages = np.full((self.sizing.step.tile_pages,), -1, np.int32)
+        pages[: len(arena_pages)] = arena_pages
+        arena, job.part = self.programs["discard",](self.state.arena, job.part, pages)
+        self.state = self.state._replace(arena=arena)
+
+    def measure_buckets(self, latency: LatencyTable, *, repeats: int = 2) -> None:
+        """Runs every bucket on padding rows and records how long it takes."""
+        sums = zero_sums(self.model, self._max_rank)
+        for bucket in self.buckets:
+            packed = build_idle_step(bucket, self.sizing.step)
+            step = self.programs["step", bucket]
+            times = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                part: Any = sums if bucket.window else None
+                self.state, part, _ = step(self.weights, self.bank, self.state, part, packed.copy())
+                sums = part if bucket.window else sums
+                jax.block_until_ready(self.state)
+                times.append(time.perf_counter() - started)
+            latency.observe(bucket, 1e3 * min(times))

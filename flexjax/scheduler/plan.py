@@ -1,0 +1,143 @@
+"""What one step holds: plain data between the scheduler and the runner."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flexjax.scheduler.sequence import Sequence
+from flexjax.scheduler.training import Group, TrainingRun
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRow:
+    """One row of a sequence whose tokens before it are all computed.
+
+    Attributes:
+      sequence: Whose row.
+      position: Position of the row's token.
+      is_fed: Whether the token is still on the device (sampled by the step before).
+    """
+
+    sequence: Sequence
+    position: int
+    is_fed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillChunk:
+    """Rows [start, start + length) of a prompt, or of a prompt and output being recomputed."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    is_last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPiece:
+    """Rows [start, start + length) of a group's flat stream, to be kept for backward."""
+
+    group: Group
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWindow:
+    """Rows whose loss, and its gradient at the last layer, is computed before the tile runs."""
+
+    group: Group
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTile:
+    """Rows [start, start + length) through layers [top - num_layers, top), downwards."""
+
+    group: Group
+    start: int
+    length: int
+    top: int
+    num_layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerStep:
+    """An optimizer step that is due after this step's tile.
+
+    Attributes:
+      run: Whose.
+      step: Its number, from 0.
+      num_targets: Target tokens of the batch.
+      num_tokens: All tokens of the batch.
+      learning_rate: After the schedule.
+    """
+
+    run: TrainingRun
+    step: int
+    num_targets: int
+    num_tokens: int
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """An evaluation whose last loss this step holds.
+
+    Attributes:
+      run: Whose.
+      step: Optimizer steps taken before it.
+      num_targets: Target tokens of the evaluation set.
+    """
+
+    run: TrainingRun
+    step: int
+    num_targets: int
+
+
+@dataclasses.dataclass
+class StepPlan:
+    """The host's decision for one iteration.
+
+    Attributes:
+      decode: Decode rows.
+      prefill: Prefill chunks.
+      forward: Finetuning forward rows.
+      losses: Loss heads to run before the step's backward tile.
+      tile: The backward tile.
+      samples: Sequences that get a token, decode rows first.
+      finished_groups: Groups whose last tile this step holds; their sums are added to the batch.
+      optimizer_steps: Due after that.
+      eval_results: Evaluations that end with this step.
+      discarded: Groups that lost their pages; their partial sums are forgotten before the step.
+      resets: Sequences whose token counts must be set before they are sampled.
+    """
+
+    decode: list[DecodeRow] = dataclasses.field(default_factory=list)
+    prefill: list[PrefillChunk] = dataclasses.field(default_factory=list)
+    forward: list[ForwardPiece] = dataclasses.field(default_factory=list)
+    losses: list[LossWindow] = dataclasses.field(default_factory=list)
+    tile: BackwardTile | None = None
+    samples: list[Sequence] = dataclasses.field(default_factory=list)
+    finished_groups: list[Group] = dataclasses.field(default_factory=list)
+    optimizer_steps: list[OptimizerStep] = dataclasses.field(default_factory=list)
+    eval_results: list[EvalResult] = dataclasses.field(default_factory=list)
+    discarded: list[tuple[Group, list[int]]] = dataclasses.field(default_factory=list)
+    resets: list[Sequence] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_chunk_rows(self) -> int:
+        """Prefill and finetuning-forward rows."""
+        return sum(c.length for c in self.prefill) + sum(p.length for p in self.forward)
+
+    @property
+    def num_finetune_rows(self) -> int:
+        """Finetuning rows, forward and backward."""
+        return sum(p.length for p in self.forward) + (self.tile.length if self.tile else 0)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        work = (self.decode, self.prefill, self.forward, self.losses, self.optimizer_steps)
+        return self.tile is None and not any((*work, self.eval_results, self.discarded))
