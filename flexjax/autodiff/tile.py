@@ -153,9 +153,14 @@ def _attention(
 def _take_rows(
     acc: Float[Array, "l p Z K H"], layer: Array, slots: Int[Array, "W"]
 ) -> tuple[Float[Array, "W K H"], Float[Array, "l p Z K H"]]:
-    """Reads the window's complete rows and sets them back to zero; padding rows read zero."""
+    """Reads the window's complete rows and sets them back to zero; padding rows read zero.
+
+    The zeros are made to depend on what was read: without an order between reading and writing,
+    XLA copies the whole accumulator.
+    """
     num_pages, page_size = acc.shape[1:3]
     pages = jnp.where(slots >= 0, slots // page_size, num_pages)
     offsets = jnp.where(slots >= 0, slots % page_size, 0)
     rows = acc.at[layer, pages, offsets].get(mode="fill", fill_value=0.0)
-    return rows, acc.at[layer, pages, offsets].set(0.0, mode="drop")
+    zeros = jnp.where((slots >= 0)[:, None, None], 0.0, rows)
+    return rows, acc.at[layer, pages, offsets].set(zeros, mode="drop")

@@ -73,24 +73,17 @@ def co_serve_step(
     batch = unpack(packed, step_fields(bucket, sizes))
     forward = _enter_forward(config, bucket, weights, state, batch) if bucket.forward else None
     backward = _enter_backward(state.arena, sums, batch) if bucket.window else None
-    pool, kept = state.pool, state.arena.kept
 
     def body(carry, index):
         forward, backward = carry
-        if backward is not None:
-            # The tile reads the state as it was before the step: its rows are not written here.
-            backward = _backward_one(
-                config, weights, bank, pool_of(forward), kept_of(forward), backward, batch, index
-            )
         if forward is not None:
             forward = _forward_one(config, bucket, weights, bank, forward, batch, index)
+        if backward is not None:
+            # Reads what the forward rows have just been written to (never the same rows): with an
+            # order between the two, XLA updates pool and arena in place; without, it copies both.
+            pool, kept = (state.pool, state.arena.kept) if forward is None else forward[1:]
+            backward = _backward_one(config, weights, bank, pool, kept, backward, batch, index)
         return (forward, backward), None
-
-    def pool_of(forward: _Forward | None) -> KVPool:
-        return pool if forward is None else forward.pool
-
-    def kept_of(forward: _Forward | None) -> dict[str, Array]:
-        return kept if forward is None else forward.kept
 
     carry = (forward, backward)
     carry, _ = lax.scan(body, carry, jnp.arange(bucket.tile_layers))
