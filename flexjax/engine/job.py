@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flexjax.config import FinetuneConfig, LoraConfig
 from flexjax.errors import JobStateError
 from flexjax.scheduler.training import TrainingRun
 
 
+@runtime_checkable
 class JobHost(Protocol):
     """What a job needs of the engine that runs it."""
 

@@ -6,7 +6,7 @@ Imports no jax.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.latency import LatencyTable
@@ -40,6 +40,7 @@ class FinetuneBudget:
     backward_rows: int
 
 
+@runtime_checkable
 class BudgetPolicy(Protocol):
     """Decides, once an iteration, how many finetuning rows fit."""
 
