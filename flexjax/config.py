@@ -264,7 +264,7 @@ class EngineConfig:
         value = getattr(self, name)
         if value is None and name == "decode_buckets":
             return
-        buckets = tuple(value)
+        buckets = tuple(value or ())
         _require(len(buckets) > 0, name, "non-empty", buckets)
         for size in buckets:
             _require_int(name, size, 1)

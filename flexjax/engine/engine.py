@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +19,9 @@ import numpy as np
 from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
 from flexjax.engine.job import Job, JobStatus
 from flexjax.engine.jobs import JobManager, check_rank
+from flexjax.engine.loop import EngineLoop
 from flexjax.engine.output import RequestOutput, SampledToken
+from flexjax.engine.prompts import Prompt, encode_prompt, is_list, is_single
 from flexjax.engine.runner import Handle, Runner
 from flexjax.engine.sizing import Sizing
 from flexjax.errors import (
@@ -42,9 +42,6 @@ from flexjax.scheduler.latency import LatencyTable
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.scheduler import Scheduler
 from flexjax.scheduler.sequence import SequenceStatus
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages."""
 
 
 @dataclasses.dataclass
@@ -74,7 +71,7 @@ class EngineStats:
     num_waiting: int = 0
 
 
-class Engine:
+class Engine(EngineLoop):
     """Serves requests and finetunes adapters in the same steps.
 
     Used as a context manager, a thread runs the loop; otherwise `step` runs one iteration, and
@@ -104,6 +101,7 @@ class Engine:
           policy: How much finetuning an iteration may hold; None for the configured budgets.
           progress: Called with (done, total) while programs compile.
         """
+        super().__init__()
         config = config or EngineConfig()
         sizing = Sizing.derive(model, config, jax.default_backend())
         self.config = config
@@ -132,13 +130,6 @@ class Engine:
         self._next_id = 0
         self._in_flight: Handle | None = None
         self._last_done_s = 0.0
-        self._lock = threading.RLock()
-        self._pending_calls = 0
-        self._pending_lock = threading.Lock()
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._should_stop = False
-        self._dead: BaseException | None = None
         self._runner.measure_buckets(self.latency)
 
     @classmethod
@@ -260,7 +251,7 @@ class Engine:
           AdapterNotFoundError: If the adapter is not loaded.
         """
         params = params or SamplingParams()
-        tokens = self._encode(prompt)
+        tokens = encode_prompt(prompt, self.tokenizer, self.model.vocab_size)
         limit = self._runner.sizing.max_context_len
         if len(tokens) >= limit:
             raise CapacityError(
@@ -302,21 +293,6 @@ class Engine:
             seed=request_id if params.seed is None else params.seed,
         )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("`prompt` must be token ids; this model has no tokenizer.")
-            tokens = self.tokenizer.encode(prompt) if prompt else []
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            if self.tokenizer is None:
-                raise ValueError("`prompt` must be token ids; this model has no tokenizer.")
-            tokens = self.tokenizer.encode_chat(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
-        else:
-            tokens = [_token_id(value, self.model.vocab_size) for value in prompt]
-        if not tokens:
-            raise ValueError("`prompt` must hold at least one token; got an empty one.")
-        return tokens
-
     def abort(self, output: RequestOutput) -> None:
         """Ends a request now; one that has ended already stays as it is."""
         with self.exclusive():
@@ -352,10 +328,10 @@ class Engine:
           ValueError, CapacityError, AdapterNotFoundError: See `add_request`; nothing is started
             if any prompt cannot be used.
         """
-        listed = [prompts] if _is_single(prompts) else list(prompts)
+        listed = [prompts] if is_single(prompts) else list(prompts)
         count = len(listed)
-        all_params = [params] * count if not _is_list(params) else list(params)  # type: ignore[arg-type]
-        names = [adapter] * count if not _is_list(adapter) else list(adapter)  # type: ignore[arg-type]
+        all_params = [params] * count if not is_list(params) else list(params)  # type: ignore[arg-type]
+        names = [adapter] * count if not is_list(adapter) else list(adapter)  # type: ignore[arg-type]
         for name, values in (("params", all_params), ("adapter", names)):
             if len(values) != count:
                 raise ValueError(
@@ -428,21 +404,7 @@ class Engine:
         """Stops a job and frees what it owned; `Job.cancel` is the public way."""
         self._jobs.end(job, status, message)
 
-    # The loop.
-
-    def step(self) -> bool:
-        """Runs one iteration: plans and launches a step, reads the one before it.
-
-        Returns:
-          Whether there was anything to do.
-        """
-        with self._lock:
-            self._check_alive()
-            try:
-                return self._step()
-            except BaseException as error:
-                self._die(error)
-                raise
+    # The iteration.
 
     def _step(self) -> bool:
         plan = self._scheduler.schedule()
@@ -521,97 +483,9 @@ class Engine:
             self._scheduler.check_integrity()
             self._slots.check_integrity()
 
-    # Threads.
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Holds the engine between two steps; a running loop yields to it."""
-        with self._pending_lock:
-            self._pending_calls += 1
-        try:
-            with self._lock:
-                yield
-        finally:
-            with self._pending_lock:
-                self._pending_calls -= 1
-
-    def wait_for(
-        self, event: threading.Event, timeout: float | None, check: Callable[[], None]
-    ) -> None:
-        """Waits for `event`, driving the engine where no thread does.
-
-        Raises:
-          EngineDeadError: If the engine stopped on an internal error.
-        """
-        deadline = None if timeout is None else time.perf_counter() + timeout
-        while not event.is_set():
-            if deadline is not None and time.perf_counter() >= deadline:
-                return
-            self._check_alive()
-            if self._thread is not None and threading.current_thread() is not self._thread:
-                event.wait(0.05)
-            elif not self.step():
-                check()
-                time.sleep(0.001)
-
-    def __enter__(self) -> Engine:
-        self._should_stop = False
-        self._thread = threading.Thread(target=self._loop, name="flexjax-engine", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        thread, self._should_stop = self._thread, True
-        self._notify()
-        if thread is not None:
-            thread.join()
-        self._thread = None
-
-    def _loop(self) -> None:
-        while not self._should_stop:
-            try:
-                has_work = self.step()
-            except BaseException:  # the engine is dead; everyone who waits has been told
-                return
-            while self._pending_calls and not self._should_stop:
-                time.sleep(0.0001)
-            if not has_work:
-                with self._wake:
-                    self._wake.wait(0.02)
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify_all()
-
-    def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDeadError(f"The engine stopped: {self._dead!r}") from self._dead
-
-    def _die(self, error: BaseException) -> None:
-        """Tells everyone who waits that nothing will come any more."""
-        self._dead = error
+    def _tell_dead(self, error: BaseException) -> None:
         for output in list(self._outputs.values()):
             output.fail(error)
-
-
-def _token_id(value: Any, vocab_size: int) -> int:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_int or not 0 <= value < vocab_size:
-        raise ValueError(
-            f"`prompt` token ids must be integers in [0, {vocab_size}); got {value!r}."
-        )
-    return int(value)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_single(prompts: Any) -> bool:
-    """Whether this is one prompt: text, token ids, or chat messages."""
-    if isinstance(prompts, str):
-        return True
-    return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping))
 
 
 def _read_logprobs(handle: Handle, tokens: np.ndarray) -> Callable[[int, int], TokenLogprobs]:

@@ -46,7 +46,7 @@ class JobManager:
         self._slots = slots
         self._tokenizer = tokenizer
         self._config = config
-        self._pending: dict[int, tuple[dict, list[TrainSequence], list[TrainSequence]]] = {}
+        self._pending: dict[int, tuple[Mapping, list[TrainSequence], list[TrainSequence]]] = {}
 
     @property
     def alive(self) -> list[Job]:

@@ -39,7 +39,7 @@ def abstract(tree: Any) -> Any:
 
 def set_compile_cache(directory: str | None) -> None:
     """Keeps compiled programs between runs, unless the caller has set jax's own cache already."""
-    if directory == "" or jax.config.jax_compilation_cache_dir:
+    if directory == "" or jax.config.values.get("jax_compilation_cache_dir"):
         return
     home = os.environ.get("FLEXJAX_CACHE_DIR") or os.path.expanduser("~/.cache/flexjax")
     jax.config.update("jax_compilation_cache_dir", directory or os.path.join(home, "xla"))
@@ -155,7 +155,7 @@ class Programs:
         config, rank = self._config, self._rank
         sums = jax.eval_shape(lambda: zero_sums(config, rank))
         optimizer: OptimizerState = jax.eval_shape(lambda: init_optimizer(zero_lora(config, rank)))
-        hyper = Hyper(*([_FLOAT] * len(Hyper._fields)))
+        hyper = jax.ShapeDtypeStruct((len(Hyper._fields),), jnp.float32)
         pages = jax.ShapeDtypeStruct((self._sizes.tile_pages,), jnp.int32)
         arena = self._state.arena
         jobs: dict[tuple, tuple] = {

@@ -239,17 +239,17 @@ class Runner:
         config: FinetuneConfig = step.run.config
         limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
         hyper = Hyper(
-            np.float32(step.learning_rate),
-            np.float32(config.weight_decay),
-            np.float32(config.beta1),
-            np.float32(config.beta2),
-            np.float32(config.eps),
-            np.float32(limit),
-            np.float32(step.num_targets),
+            learning_rate=step.learning_rate,
+            weight_decay=config.weight_decay,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            max_grad_norm=limit,
+            num_targets=step.num_targets,
         )
         program = self.programs["optimizer_step",]
         job.optimizer, job.total, self.bank, stats = program(
-            job.optimizer, job.total, self.bank, scalar(step.run.slot), hyper
+            job.optimizer, job.total, self.bank, scalar(step.run.slot), hyper.packed()
         )
         return stats
 

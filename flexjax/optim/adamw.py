@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +21,7 @@ from flexjax.step.state import GradSums
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters of one step, float32 scalars.
+    """Hyper-parameters of one step, on the host.
 
     Attributes:
       learning_rate: Of this step, after the schedule.
@@ -32,13 +33,17 @@ class Hyper(NamedTuple):
       num_targets: Target tokens that the sums run over.
     """
 
-    learning_rate: Float[Array, ""]
-    weight_decay: Float[Array, ""]
-    beta1: Float[Array, ""]
-    beta2: Float[Array, ""]
-    eps: Float[Array, ""]
-    max_grad_norm: Float[Array, ""]
-    num_targets: Float[Array, ""]
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    max_grad_norm: float
+    num_targets: int
+
+    def packed(self) -> np.ndarray:
+        """The values in order, float32, as `optimizer_step` takes them."""
+        return np.asarray(self, np.float32)
 
 
 class OptimizerState(NamedTuple):
@@ -85,7 +90,7 @@ def optimizer_step(
     total: GradSums,
     bank: AdapterBank,
     slot: Int[Array, ""],
-    hyper: Hyper,
+    hyper: Float[Array, "7"],
 ) -> tuple[OptimizerState, GradSums, AdapterBank, StepStats]:
     """Takes one AdamW step and writes the new weights to the job's slot.
 
@@ -97,23 +102,24 @@ def optimizer_step(
       total: Summed gradients and loss of the batch; donated.
       bank: Adapters; donated.
       slot: The job's working slot.
-      hyper: Hyper-parameters.
+      hyper: `Hyper.packed()`.
 
     Returns:
       The new state, zero sums, the bank, and what the host reads. If the loss or a gradient is
       not finite, state and bank are returned unchanged, so that a diverging job never reaches
       the weights that rows of the step read.
     """
-    grads = jax.tree.map(lambda g: g / hyper.num_targets, total.lora)
-    loss = total.loss / hyper.num_targets
+    rate, weight_decay, beta1, beta2, eps, max_norm, num_targets = hyper
+    grads = jax.tree.map(lambda g: g / num_targets, total.lora)
+    loss = total.loss / num_targets
     norm = optax.global_norm(grads)
-    factor = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * factor, grads)
-    adam = optax.scale_by_adam(b1=hyper.beta1, b2=hyper.beta2, eps=hyper.eps)  # type: ignore[arg-type]
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)  # type: ignore[arg-type]
     updates, moments = adam.update(grads, state.adam)  # type: ignore[arg-type]
 
     def apply(p: Array, u: Array) -> Array:
-        return p - hyper.learning_rate * (u + hyper.weight_decay * p)
+        return p - rate * (u + weight_decay * p)
 
     master = jax.tree.map(apply, state.master, updates)
     is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)

@@ -155,6 +155,7 @@ def _forward_one(
     kept = forward.kept
     if bucket.chunk:
         chunk = {name: rows[bucket.decode :] for name, rows in recorded.items()}
+        assert lse is not None
         chunk |= {"attn": attn[bucket.decode :], "lse": lse}
         kept = keep(kept, layer, batch["chunk_arena_slots"], chunk)
     return _Forward(x, pool, kept)

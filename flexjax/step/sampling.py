@@ -67,7 +67,7 @@ def sample_step(
       The state with `next_tokens` and `output_counts` advanced, and what the host reads.
     """
     rows = unpack(packed, sample_fields(floats.shape[1]))
-    options = dict(zip(SAMPLE_FLOATS, floats, strict=True))
+    options: dict[str, Array] = dict(zip(SAMPLE_FLOATS, floats, strict=True))
     slots = jnp.maximum(rows["slots"], 0)
     wants = jnp.where(rows["slots"] >= 0, rows["wants"], 0)
     raw = head_logits(config, weights, state.hidden[slots])

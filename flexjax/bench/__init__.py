@@ -1,0 +1,1 @@
+"""Benchmarks: a harness for timings and records, and the work that is timed."""
