@@ -282,7 +282,7 @@ class FinetuneConfig:
       lora: Shape of the adapter; ignored when `init_adapter` is given.
       init_adapter: PEFT directory to go on from.
       epochs: Passes over the dataset.
-      max_steps: Optimizer steps at most; None for all epochs.
+      max_steps: Optimizer steps; overrides `epochs`, going round the dataset as often as needed.
       batch_size: Sequences per optimizer step.
       learning_rate: Peak learning rate.
       schedule: "constant", "linear" or "cosine" (both to zero), after the warm-up.

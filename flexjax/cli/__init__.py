@@ -1,1 +1,1 @@
-"""See the modules of this package."""
+"""The `flexjax` command; see `flexjax.cli.main`."""

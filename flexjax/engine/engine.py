@@ -107,7 +107,7 @@ class Engine(EngineLoop):
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
-        self.stats_now = EngineStats()
+        self._stats = EngineStats()
         self.latency = LatencyTable()
         self._model_name = model_name
         self._runner = Runner(model, weights, config, sizing, progress=progress)
@@ -419,7 +419,7 @@ class Engine(EngineLoop):
         return handle is not None or previous is not None
 
     def _count(self, handle: Handle) -> None:
-        stats, plan = self.stats_now, handle.plan
+        stats, plan = self._stats, handle.plan
         stats.steps += 1
         stats.prompt_tokens += sum(chunk.length for chunk in plan.prefill)
         stats.finetune_forward_tokens += sum(piece.length for piece in plan.forward)
@@ -436,8 +436,8 @@ class Engine(EngineLoop):
         if handle.sampled is not None:
             self._take_tokens(handle, now_s)
         for step, _ in handle.optimizer_stats:
-            self.stats_now.trained_tokens += step.num_tokens
-            self.stats_now.trained_target_tokens += step.num_targets
+            self._stats.trained_tokens += step.num_tokens
+            self._stats.trained_target_tokens += step.num_targets
         self._jobs.take_results(handle, now_s)
 
     def _take_tokens(self, handle: Handle, now_s: float) -> None:
@@ -450,7 +450,7 @@ class Engine(EngineLoop):
             if sequence.status is SequenceStatus.FINISHED:
                 continue  # ended by the token before; this row was launched ahead of it
             self._scheduler.record_token(sequence, int(tokens[row]))
-            self.stats_now.generated_tokens += 1
+            self._stats.generated_tokens += 1
             output = self._outputs[sequence.request.request_id]
             logprob = None
             if logprobs is not None and wants[row]:
@@ -462,7 +462,7 @@ class Engine(EngineLoop):
         """A copy of the counters."""
         with self.exclusive():
             return dataclasses.replace(
-                self.stats_now,
+                self._stats,
                 num_running=len(self._scheduler.running),
                 num_waiting=len(self._scheduler.waiting),
             )
