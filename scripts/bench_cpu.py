@@ -1,0 +1,144 @@
+"""Compares FlexJAX with transformers and PEFT on this CPU, side by side in one process.
+
+    python scripts/bench_cpu.py [--repeats 5] [--output FILE.json]
+        [--parts finetune,generate,coserve] [--quick]
+
+Needs the `oracle` extra. `--quick` takes seconds and a model too small for its ratios to mean
+anything; it shows that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from flexjax.bench.harness import header, table, write_jsonl
+from flexjax.bench.side_by_side import TARGETS, Comparison, Settings, SideBySide
+from flexjax.config import EngineConfig
+
+PARTS = ("finetune", "generate", "coserve")
+
+FULL = Settings(
+    model="60m",
+    engine=EngineConfig(
+        max_context_len=512,
+        max_running=8,
+        page_size=16,
+        max_adapters=4,
+        max_jobs=1,
+        decode_buckets=(1, 8),
+        chunk_buckets=(64, 512),
+        window_buckets=(512,),
+        saved_activations="full",
+    ),
+    sample_len=512,
+    batch_size=4,
+    finetune_steps=2,
+    prompt_len=64,
+    output_len=64,
+    group=8,
+    coserve_requests=32,
+    coserve_steps=4,
+    num_threads=2,
+    seed=0,
+)
+
+QUICK = Settings(
+    model="quick",
+    engine=EngineConfig(
+        max_context_len=64,
+        max_running=8,
+        max_adapters=4,
+        max_jobs=1,
+        decode_buckets=(8,),
+        chunk_buckets=(64,),
+        window_buckets=(64,),
+    ),
+    sample_len=64,
+    batch_size=2,
+    finetune_steps=1,
+    prompt_len=8,
+    output_len=6,
+    group=8,
+    coserve_requests=9,
+    coserve_steps=2,
+    num_threads=2,
+    seed=0,
+)
+
+
+def run(settings: Settings, parts: Sequence[str], repeats: int, output: Path | None) -> None:
+    """Runs the parts, prints the table and writes every sample."""
+    with tempfile.TemporaryDirectory() as work_dir:
+        sides = SideBySide(settings, work_dir)
+        records = [header(dataclasses.asdict(settings), settings.seed)]
+        records.append(
+            {
+                "kind": "start",
+                "compile_s": sides.engine.compile_s,
+                "start_s": sides.start_s,
+                "programs": sides.engine.num_programs,
+                "max_logit_error": sides.max_logit_error,
+            }
+        )
+        print(f"engine started in {sides.start_s:.1f} s, compiled in {sides.engine.compile_s:.1f}")
+        found: list[Comparison] = []
+        for part in parts:
+            for comparison in getattr(sides, part)(repeats):
+                found.append(comparison)
+                records += comparison.records()
+                if output is not None:
+                    write_jsonl(output, records)
+                print(_table([comparison]), flush=True)
+    print(f"\nmedians of {repeats}, measured in turns\n{_table(found)}")
+
+
+def _table(comparisons: Sequence[Comparison]) -> str:
+    rows = [("part", "peer s", "FlexJAX s", "peer tok/s", "FlexJAX tok/s", "ratio", "target", "")]
+    for item in comparisons:
+        notes = ", ".join(
+            f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in item.notes.items()
+            if not isinstance(value, list)
+        )
+        rows.append(
+            (
+                item.name,
+                f"{item.peer.median:.3f}",
+                f"{item.flexjax.median:.3f}",
+                f"{item.work / item.peer.median:.1f}",
+                f"{item.work / item.flexjax.median:.1f}",
+                f"{item.ratio:.2f}",
+                f">= {TARGETS[item.name]}",
+                notes,
+            )
+        )
+    return table(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the arguments and runs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
+    parser.add_argument("--output", type=Path, help="JSON lines with every sample")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which parts, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="a very small model; takes seconds")
+    args = parser.parse_args(argv)
+    parts = args.parts.split(",")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        parser.error(f"--parts must be out of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1; got {args.repeats}")
+    run(QUICK if args.quick else FULL, parts, args.repeats, args.output)
+
+
+if __name__ == "__main__":
+    main()
