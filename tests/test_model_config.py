@@ -2,12 +2,11 @@ import json
 
 import pytest
 
+from flexjax.builtin_models import BUILTIN_MODELS, builtin_model_config
 from flexjax.errors import ModelNotFoundError, UnsupportedModelError
 from flexjax.model_config import (
-    BUILTIN_MODELS,
     ModelConfig,
     RopeConfig,
-    builtin_model_config,
     config_from_hf,
     load_model_config,
 )

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from flexjax.builtin_models import builtin_model_config
 from flexjax.data import demo_dataset, demo_prompts, tiny_model_dir
 from flexjax.io.hf_weights import load_decoder
 from flexjax.io.tokenizer import Tokenizer
-from flexjax.model_config import builtin_model_config, load_model_config
+from flexjax.model_config import load_model_config
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from flexjax.builtin_models import BUILTIN_MODELS
 from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
 from flexjax.engine.job import Job, JobStatus
 from flexjax.engine.jobs import JobManager, check_rank
@@ -33,7 +34,7 @@ from flexjax.errors import (
 from flexjax.io.hf_weights import load_weights
 from flexjax.io.peft_adapter import load_peft_adapter, save_peft_adapter
 from flexjax.io.tokenizer import Tokenizer
-from flexjax.model_config import BUILTIN_MODELS, ModelConfig, load_model_config
+from flexjax.model_config import ModelConfig, load_model_config
 from flexjax.models.weights import DecoderWeights, random_weights
 from flexjax.request import GenerationOutput, GenerationRequest, StreamPiece, TokenLogprobs
 from flexjax.scheduler.adapter_slots import AdapterInfo, AdapterSlots

@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from flexjax.model_config import ModelConfig, builtin_model_config
+from flexjax.builtin_models import builtin_model_config
+from flexjax.model_config import ModelConfig
 from flexjax.models.layers import (
     LayerWeights,
     Linear,

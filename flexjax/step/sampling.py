@@ -78,7 +78,7 @@ def sample_step(
         lambda x: x,
         raw,
     )
-    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    greedy = _argmax(adjusted)
     is_random = (options["temperature"] > 0) & (rows["slots"] >= 0)
     tokens = lax.cond(
         is_random.any(),
@@ -95,6 +95,17 @@ def sample_step(
         output_counts=state.output_counts.at[where, tokens].add(1, mode="drop"),
     )
     return state, SampleOutput(tokens, logprobs, top_tokens, top_logprobs)
+
+
+def _argmax(values: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """First index of each row's maximum; two plain reductions, which vectorize on a CPU.
+
+    A row without any number (all NaN) gives the last index, not one out of range.
+    """
+    is_maximum = values == values.max(-1, keepdims=True)
+    last = values.shape[1] - 1
+    index = jnp.where(is_maximum, jnp.arange(values.shape[1])[None, :], last)
+    return index.min(-1).astype(jnp.int32)
 
 
 def _penalize(
@@ -143,7 +154,7 @@ def _draw(
         return jax.random.gumbel(key, (logits.shape[1],))
 
     noise = jax.vmap(gumbel)(rows["seeds"], rows["output_index"])
-    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    return _argmax(scaled + noise)
 
 
 def _keep_top(

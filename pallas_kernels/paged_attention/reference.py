@@ -61,27 +61,31 @@ def decode_attention(
     block_keys = block_pages * page_size
     groups = num_heads // num_kv_heads
     queries = (q.astype(jnp.float32) * sm_scale).reshape(num_rows, num_kv_heads, groups, head_dim)
+    by_group = [queries[:, None, :, group] for group in range(groups)]  # [B, 1, K, H] each
     table = pad_pages(page_table, block_pages)
 
     def body(block, carry):
-        maximum, total, acc = carry
+        maximum, total, acc = carry  # [B, K, G], [B, K, G], [B, K, G, H]
         pages = lax.dynamic_slice_in_dim(table, block * block_pages, block_pages, axis=1)
         key_positions = (block * block_keys + jnp.arange(block_keys))[None, :]
         named = jnp.repeat(pages >= 0, page_size, axis=1)
         mask = visible(
-            positions[:, None], jnp.where(named, key_positions, -1), sliding_window
-        )  # [B, S]
+            positions[:, None, None], jnp.where(named, key_positions, -1)[:, None], sliding_window
+        )[:, 0, :, None]  # [B, S, 1]
         shape = (num_rows, block_keys, num_kv_heads, head_dim)
-        k = k_pool[layer, jnp.maximum(pages, 0)].reshape(shape)
-        v = v_pool[layer, jnp.maximum(pages, 0)].reshape(shape)
-        v = jnp.where(mask[:, :, None, None], v, 0)
-        scores = jnp.einsum("bkgh,bskh->bkgs", queries, k.astype(jnp.float32))
-        scores = jnp.where(mask[:, None, None, :], scores, MASKED)
-        new_maximum = jnp.maximum(maximum, scores.max(-1))
-        probs = jnp.where(mask[:, None, None, :], jnp.exp(scores - new_maximum[..., None]), 0.0)
+        k = k_pool[layer, jnp.maximum(pages, 0)].reshape(shape).astype(jnp.float32)
+        v = v_pool[layer, jnp.maximum(pages, 0)].reshape(shape).astype(jnp.float32)
+        v = jnp.where(mask[..., None], v, 0)
+        # Products and sums, not dots: a dot would transpose the keys it has just gathered.
+        k, v = lax.optimization_barrier((k, v))
+        scores = jnp.stack([(query * k).sum(-1) for query in by_group], axis=-1)  # [B, S, K, G]
+        scores = jnp.where(mask[..., None], scores, MASKED)
+        new_maximum = jnp.maximum(maximum, scores.max(1))
+        probs = jnp.where(mask[..., None], jnp.exp(scores - new_maximum[:, None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
-        added = jnp.einsum("bkgs,bskh->bkgh", probs, v.astype(jnp.float32))
-        return new_maximum, total * decay + probs.sum(-1), acc * decay[..., None] + added
+        added = [(probs[..., group, None] * v).sum(1) for group in range(groups)]
+        acc = acc * decay[..., None] + jnp.stack(added, axis=2)
+        return new_maximum, total * decay + probs.sum(1), acc
 
     shape = (num_rows, num_kv_heads, groups)
     init = (
