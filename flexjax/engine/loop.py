@@ -11,9 +11,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import TypeVar
 
 from flexjax.errors import EngineDeadError
+
+_Loop = TypeVar("_Loop", bound="EngineLoop")  # typing.Self: the type checker of the tests refuses it
 
 
 class EngineLoop(abc.ABC):
@@ -82,7 +84,7 @@ class EngineLoop(abc.ABC):
                 check()
                 time.sleep(0.001)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _Loop) -> _Loop:
         self._should_stop = False
         self._thread = threading.Thread(target=self._loop, name="flexjax-engine", daemon=True)
         self._thread.start()
