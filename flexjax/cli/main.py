@@ -12,13 +12,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from flexjax.cli.options import CoserveOptions, FinetuneOptions, GenerateOptions, as_signature
 from flexjax.errors import EngineDeadError, FlexJaxError, JobStateError
 
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 """What typer raises for arguments that it cannot use; lives in click or typer by version."""
 
 _LIST_OPTIONS = ("--prompt", "--stop", "--target-modules")
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = app(arguments, prog_name="flexjax", standalone_mode=False)
     except UsageError as error:
-        return _refuse(error.format_message())  # type: ignore[attr-defined]
+        return _refuse(error.format_message())
     except RunError as error:
         return _fail(error.__cause__ or error)
     except BrokenPipeError:
@@ -114,7 +115,8 @@ def expand_lists(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse(message: str) -> int:
-    print(f"flexjax: {' '.join(message.split())}", file=sys.stderr)
+    if message:  # typer has printed the help when there were no arguments
+        print(f"flexjax: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

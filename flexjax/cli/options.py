@@ -7,6 +7,7 @@ neither jax nor numpy: `flexjax --help` must be fast.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,18 +38,18 @@ class ModelOptions:
         _option(
             _MODEL,
             "Hugging Face directory, or name of a built-in architecture (random weights, no "
-            "tokenizer)  [default: the tiny model that comes with FlexJAX]",
+            "tokenizer) (default: the tiny model that comes with FlexJAX)",
         ),
     ] = None
     dtype: Annotated[
         str,
         _option(
             _MODEL,
-            "Of weights and activations: auto (float32 on a CPU), float32, bfloat16, float16",
+            "Of weights and activations: auto, float32, bfloat16 or float16",
         ),
     ] = EngineConfig.dtype
     max_context_len: Annotated[
-        int | None, _option(_MODEL, f"Longest sequence, tokens  [{_MODEL_CONTEXT}]")
+        int | None, _option(_MODEL, f"Longest sequence, tokens ({_MODEL_CONTEXT})")
     ] = EngineConfig.max_context_len
     json: Annotated[bool, _option(_OUTPUT, "Print JSON on standard output", "--json")] = False
 
@@ -91,7 +92,7 @@ class TrainingOptions:
     ] = None
     adapter_name: Annotated[str, _option(_TRAINING, "Name of the trained adapter")] = "adapter"
     max_steps: Annotated[
-        int | None, _option(_TRAINING, "Optimizer steps at most  [default: all epochs]")
+        int | None, _option(_TRAINING, "Optimizer steps; overrides --epochs (default: by epochs)")
     ] = FinetuneConfig.max_steps
     batch_size: Annotated[int, _option(_TRAINING, "Sequences per optimizer step")] = (
         FinetuneConfig.batch_size
@@ -117,15 +118,13 @@ class TrainingOptions:
     window: Annotated[
         int | None, _option(_TRAINING, "Rows of a window (default: the engine's, 128)")
     ] = FinetuneConfig.window
-    rank: Annotated[int, _option(_TRAINING, "Rank of the adapter", "--rank", "--r", "-r")] = (
-        LoraConfig.r
-    )
+    rank: Annotated[int, _option(_TRAINING, "Rank of the adapter", "--rank", "--r")] = LoraConfig.r
     alpha: Annotated[float, _option(_TRAINING, "Scale: alpha / r")] = LoraConfig.alpha
     target_modules: Annotated[
         list[str] | None,
         _option(
             _TRAINING,
-            "Adapted linears: all-linear, or names  [default: all-linear]",
+            "Adapted linears: all-linear, or names (default: all-linear)",
             show_default=False,
         ),
     ] = None
@@ -133,7 +132,7 @@ class TrainingOptions:
         bool, _option(_TRAINING, "Scale with alpha / sqrt(r) instead", "--rslora")
     ] = LoraConfig.use_rslora
     max_seq_len: Annotated[
-        int | None, _option(_DATA, "Longest row, tokens  [default: the engine's context]")
+        int | None, _option(_DATA, "Longest row, tokens (default: the engine's context)")
     ] = FinetuneConfig.max_seq_len
     overlong: Annotated[str, _option(_DATA, "Longer rows: error, truncate or drop")] = (
         FinetuneConfig.overlong
@@ -151,7 +150,7 @@ class TrainingOptions:
         str, _option(_ENGINE, "Order of backward tiles: window_major or layer_major")
     ] = EngineConfig.tile_order
     tile_layers: Annotated[
-        int | None, _option(_ENGINE, "Layers of a backward tile  [default: all]")
+        int | None, _option(_ENGINE, "Layers of a backward tile (default: all)")
     ] = EngineConfig.tile_layers
 
 
@@ -187,7 +186,7 @@ class GenerateOptions(SamplingOptions, PromptOptions, ModelOptions):
         float, _option(_SAMPLING, "Subtracted from logits for each time a token was generated")
     ] = SamplingParams.frequency_penalty
     seed: Annotated[
-        int | None, _option(_SAMPLING, "Seed of the draws  [default: the request's number]")
+        int | None, _option(_SAMPLING, "Seed of the draws (default: the request's number)")
     ] = SamplingParams.seed
     stop: Annotated[
         list[str] | None, _option(_SAMPLING, "Texts that end the answer", show_default=False)
@@ -196,7 +195,7 @@ class GenerateOptions(SamplingOptions, PromptOptions, ModelOptions):
         bool, _option(_SAMPLING, "Go on after the model's end tokens", "--ignore-eos")
     ] = SamplingParams.ignore_eos
     logprobs: Annotated[
-        int | None, _option(_SAMPLING, f"Log probabilities of the k likeliest  [{_NO_LIMIT}]")
+        int | None, _option(_SAMPLING, f"Log probabilities of the k likeliest ({_NO_LIMIT})")
     ] = SamplingParams.logprobs
 
 
@@ -221,6 +220,7 @@ TINY_EPOCHS = 3
 COSERVE_MAX_TOKENS = 64
 COSERVE_RATE = 2.0
 COSERVE_REQUESTS = 80
+COSERVE_OUTPUT = "coserve-out"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
         _option(
             _ARRIVALS,
             "CSV file arrival_s,context_tokens,generated_tokens, or a file of arrival seconds  "
-            "[default: Poisson arrivals]",
+            "(default: Poisson arrivals)",
         ),
     ] = None
     num_requests: Annotated[int, _option(_ARRIVALS, "Requests (of a trace: at most)")] = (
@@ -249,7 +249,7 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
         _option(
             _ARRIVALS,
             "Scale a trace's prompts so that the longest has this many tokens  "
-            "[default: what the context leaves]",
+            "(default: what the context leaves)",
         ),
     ] = None
     max_tokens: Annotated[
@@ -257,40 +257,45 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
         _option(
             _SAMPLING,
             "Tokens to generate at most; with a CSV trace, outputs are scaled so that the longest "
-            f"has this many  [default: {COSERVE_MAX_TOKENS}; with a CSV trace a quarter of the "
-            "context]",
+            f"has this many (default: {COSERVE_MAX_TOKENS}; with a CSV trace a quarter of the "
+            "context)",
         ),
     ] = None
     chat: Annotated[
         bool | None,
         _option(
             _PROMPTS,
-            "Write prompts with the model's chat template, or take them as they are  "
-            "[default: chat when the model has a template]",
+            "Write --prompt with the model's chat template, or take it as it is "
+            "(default: chat when the model has a template)",
             "--chat/--raw",
         ),
     ] = None
     data: Annotated[
-        Path | None, _option(_DATA, "JSON lines to finetune on  [default: the pirate demo]")
+        Path | None, _option(_DATA, "JSON lines to finetune on (default: the pirate demo)")
     ] = None
-    output: Annotated[Path, _option(_OUTPUT, "Directory for adapter, figures and picture")] = Path(
-        "coserve-out"
-    )
+    output: Annotated[
+        Path | None,
+        _option(
+            _OUTPUT,
+            "Directory for adapter, figures and picture (default: ./coserve-out, where an earlier "
+            "run is replaced)",
+        ),
+    ] = None
     overwrite: _WRITE_OVER = False
     epochs: Annotated[
         int | None,
         _option(
             _TRAINING,
-            f"Passes over the data  [default: {FinetuneConfig.epochs}; {TINY_EPOCHS} for the "
-            "embedded model]",
+            f"Passes over the data (default: {FinetuneConfig.epochs}; {TINY_EPOCHS} for the "
+            "embedded model)",
         ),
     ] = None
     learning_rate: Annotated[
         float | None,
         _option(
             _TRAINING,
-            f"Peak learning rate  [default: {FinetuneConfig.learning_rate}; {TINY_LEARNING_RATE} "
-            "for the embedded model]",
+            f"Peak learning rate (default: {FinetuneConfig.learning_rate}; {TINY_LEARNING_RATE} "
+            "for the embedded model)",
         ),
     ] = None
     seed: Annotated[int, _option(_TRAINING, "Seed of arrivals, draws and finetuning")] = 0
@@ -301,7 +306,7 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
         int | None,
         _option(
             _ENGINE,
-            "Finetuning rows per step while requests are alive  [default: the largest bucket]",
+            "Finetuning rows per step while requests are alive (default: the largest bucket)",
         ),
     ] = EngineConfig.finetune_token_budget
     step_time_budget_ms: Annotated[
@@ -309,23 +314,20 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
         _option(
             _ENGINE,
             "Take finetuning only as far as steps stay below this while requests are alive  "
-            f"[{_NO_LIMIT}]",
+            f"({_NO_LIMIT})",
         ),
     ] = EngineConfig.step_time_budget_ms
 
 
 def as_signature(function: Any, options: type) -> Any:
     """Gives `function(**options)` the signature that typer reads: one parameter a field."""
-    import inspect
-
+    empty = inspect.Parameter.empty
     hints = typing.get_type_hints(options, include_extras=True)
     parameters = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty
-            if field.default is dataclasses.MISSING
-            else field.default,
+            default=empty if field.default is dataclasses.MISSING else field.default,
             annotation=hints[field.name],
         )
         for field in dataclasses.fields(options)
