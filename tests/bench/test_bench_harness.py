@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from flexjax.bench.harness import (
     Timing,
     alternate,
