@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from flexjax.errors import EngineDeadError
 
-_Loop = TypeVar("_Loop", bound="EngineLoop")  # typing.Self: the type checker of the tests refuses it
+_Loop = TypeVar("_Loop", bound="EngineLoop")  # no typing.Self: beartype refuses it
 
 
 class EngineLoop(abc.ABC):
