@@ -112,7 +112,7 @@ def optimizer_step(
     rate, weight_decay, beta1, beta2, eps, max_norm, num_targets = hyper
     grads = jax.tree.map(lambda g: g / num_targets, total.lora)
     loss = total.loss / num_targets
-    norm = optax.global_norm(grads)
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * factor, grads)
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)  # type: ignore[arg-type]
