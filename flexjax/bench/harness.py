@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -126,28 +126,57 @@ class Timing:
         }
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
-    started = time.perf_counter()
+class Cost(NamedTuple):
+    """What a run took.
+
+    Attributes:
+      wall_s: Wall-clock seconds.
+      cpu_s: Seconds that this process spent on all cores; hardly depends on what else runs on the
+        machine, but counts threads that spin while they wait.
+    """
+
+    wall_s: float
+    cpu_s: float
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+
+
+def now() -> Cost:
+    """Both clocks; the difference of two readings is a cost."""
+    return Cost(time.perf_counter(), time.process_time())
+
+
+def measure(run: Callable[[], Any]) -> Cost:
+    """What one call takes."""
+    started = now()
     run()
-    return time.perf_counter() - started
+    return now() - started
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """Times several things in turns (A B A B ...), so that drift of the machine hits all alike.
+def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Cost]]:
+    """Measures several things in turns (A B A B ...), so that drift of the machine hits all alike.
 
     Args:
       runs: What to call, by name. Whatever must not be timed (warm-up, compilation) has been done.
       repeats: Measurements of each.
 
     Returns:
-      Seconds, by name.
+      Costs, by name.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    costs: dict[str, list[Cost]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            samples[name].append(seconds(run))
-    return {name: Timing(name, "s", tuple(values)) for name, values in samples.items()}
+            costs[name].append(measure(run))
+    return costs
+
+
+def timings(name: str, costs: Sequence[Cost]) -> tuple[Timing, Timing]:
+    """Wall-clock and CPU seconds of the same runs."""
+    return (
+        Timing(name, "s", tuple(cost.wall_s for cost in costs)),
+        Timing(name, "cpu s", tuple(cost.cpu_s for cost in costs)),
+    )
 
 
 def ratio_of_medians(slower: Timing, faster: Timing) -> float:

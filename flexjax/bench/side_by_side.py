@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from flexjax.bench.harness import Timing, alternate, ratio_of_medians, seconds
+from flexjax.bench.harness import (
+    Cost,
+    Timing,
+    alternate,
+    measure,
+    now,
+    ratio_of_medians,
+    timings,
+)
 from flexjax.bench.model import random_tokens, text_rows, write_model
 from flexjax.bench.torch_peer import TorchPeer, TrainedSteps
 from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingParams
@@ -75,37 +83,51 @@ class Comparison:
     Attributes:
       name: Part, a key of `TARGETS`.
       work: Tokens that a run processes (trained, or generated).
-      peer: Seconds of the peer's runs.
-      flexjax: Seconds of FlexJAX's runs.
+      peer: Costs of the peer's runs.
+      flexjax: Costs of FlexJAX's runs.
       notes: What else is worth recording.
     """
 
     name: str
     work: int
-    peer: Timing
-    flexjax: Timing
+    peer: Sequence[Cost]
+    flexjax: Sequence[Cost]
     notes: dict
 
     @property
+    def wall(self) -> tuple[Timing, Timing]:
+        """Wall-clock seconds of the peer and of FlexJAX."""
+        return timings(self.name, self.peer)[0], timings(self.name, self.flexjax)[0]
+
+    @property
     def ratio(self) -> float:
-        """How many times faster FlexJAX is, by medians."""
-        return ratio_of_medians(self.peer, self.flexjax)
+        """How many times faster FlexJAX is: medians of wall-clock time."""
+        return ratio_of_medians(*self.wall)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """How many times less CPU time FlexJAX takes: medians."""
+        return ratio_of_medians(
+            timings(self.name, self.peer)[1], timings(self.name, self.flexjax)[1]
+        )
 
     def records(self) -> list[dict]:
-        """JSON records: both timings with every sample, then the ratio."""
-        return [
-            self.peer.record(part=self.name, side="peer", work_tokens=self.work),
-            self.flexjax.record(part=self.name, side="flexjax", work_tokens=self.work),
-            {
-                "kind": "ratio",
-                "part": self.name,
-                "ratio": self.ratio,
-                "target": TARGETS[self.name],
-                "peer_tokens_per_s": self.work / self.peer.median,
-                "flexjax_tokens_per_s": self.work / self.flexjax.median,
-                **self.notes,
-            },
-        ]
+        """JSON records: all timings with every sample, then the ratios."""
+        records = []
+        for side, costs in (("peer", self.peer), ("flexjax", self.flexjax)):
+            for timing in timings(self.name, costs):
+                records.append(timing.record(part=self.name, side=side, work_tokens=self.work))
+        peer, flexjax = self.wall
+        ratio = {
+            "kind": "ratio",
+            "part": self.name,
+            "ratio": self.ratio,
+            "cpu_ratio": self.cpu_ratio,
+            "target": TARGETS[self.name],
+            "peer_tokens_per_s": self.work / peer.median,
+            "flexjax_tokens_per_s": self.work / flexjax.median,
+        }
+        return [*records, {**ratio, **self.notes}]
 
 
 class SideBySide:
@@ -176,12 +198,15 @@ class SideBySide:
 
     def _finetune(self, steps: int) -> TrainedSteps:
         job = self._start_job(steps)
-        started = time.perf_counter()
+        marks = [now()]
+        while len(marks) <= steps:
+            if not self.engine.step():
+                raise AssertionError(f"The job is {job.status} after {len(marks) - 1} steps.")
+            if len(job.metrics().steps) == len(marks):
+                marks.append(now())
         job.wait()
         self.engine.unload_adapter(job.config.adapter)
-        records = job.metrics().steps
-        times = np.diff([started, *(record.time_s for record in records)])
-        return TrainedSteps(tuple(record.loss for record in records), tuple(times.tolist()))
+        return TrainedSteps(tuple(job.metrics().losses), tuple(marks))
 
     def _peer_finetune(self, steps: int, micro_batch: int) -> TrainedSteps:
         return self._peer.finetune(
@@ -197,50 +222,41 @@ class SideBySide:
 
     def _best_micro_batch(self) -> int:
         sizes = (self.settings.batch_size, 1)
-        times = {n: sum(self._peer_finetune(2, n).step_s[1:]) for n in sizes}
-        return min(times, key=lambda n: times[n])
+        costs = {n: self._peer_finetune(2, n).cost(first=1) for n in sizes}
+        return min(costs, key=lambda n: costs[n].wall_s)
 
     def _best_cache(self, prompts: np.ndarray) -> str | None:
-        times = {}
+        costs = {}
         for cache in _CACHES:
             self._peer.generate(prompts, self.settings.output_len, cache)
-            times[cache] = min(
-                seconds(lambda c=cache: self._peer.generate(prompts, self.settings.output_len, c))
+            costs[cache] = min(
+                measure(lambda c=cache: self._peer.generate(prompts, self.settings.output_len, c))
                 for _ in range(2)
             )
-        return min(times, key=lambda cache: times[cache])
+        return min(costs, key=lambda cache: costs[cache])
 
     # Parts.
 
-    def finetune(self, repeats: int) -> list[Comparison]:
+    def finetune(self, repeats: int) -> Iterator[Comparison]:
         """Steady-state finetuning; a run's first step is not measured."""
         steps = 1 + self.settings.finetune_steps
         micro_batch = self._best_micro_batch()
         check_losses(self._finetune(steps).losses, self._peer_finetune(steps, micro_batch).losses)
         peer, ours = [], []
         for _ in range(repeats):
-            peer.append(sum(self._peer_finetune(steps, micro_batch).step_s[1:]))
-            ours.append(sum(self._finetune(steps).step_s[1:]))
+            peer.append(self._peer_finetune(steps, micro_batch).cost(first=1))
+            ours.append(self._finetune(steps).cost(first=1))
         work = self.settings.finetune_steps * self.settings.batch_size * self.settings.sample_len
-        return [
-            Comparison(
-                "finetune",
-                work,
-                Timing("finetune peer", "s", tuple(peer)),
-                Timing("finetune flexjax", "s", tuple(ours)),
-                {"peer_micro_batch": micro_batch},
-            )
-        ]
+        yield Comparison("finetune", work, peer, ours, {"peer_micro_batch": micro_batch})
 
-    def generate(self, repeats: int) -> list[Comparison]:
+    def generate(self, repeats: int) -> Iterator[Comparison]:
         """Greedy generation: one request, and as many at once as `group`."""
-        found = []
         for name, count in (("generate 1", 1), ("generate 8", self.settings.group)):
             prompts = self._prompts(count)
             cache = self._best_cache(prompts)
             length = self.settings.output_len
             check_tokens(self._generate(prompts), self._peer.generate(prompts, length, cache))
-            times = alternate(
+            costs = alternate(
                 {
                     "peer": lambda p=prompts, n=length, c=cache: self._peer.generate(p, n, c),
                     "flexjax": lambda p=prompts: self._generate(p),
@@ -248,17 +264,14 @@ class SideBySide:
                 repeats,
             )
             notes = {"peer_cache": cache or "dynamic", "requests": count}
-            found.append(Comparison(name, count * length, times["peer"], times["flexjax"], notes))
-        return found
+            yield Comparison(name, count * length, costs["peer"], costs["flexjax"], notes)
 
-    def coserve(self, repeats: int) -> list[Comparison]:
+    def coserve(self, repeats: int) -> Iterator[Comparison]:
         """Requests and a job: at once in one engine, against one after the other."""
         sizes = self.settings
         prompts = self._prompts(sizes.coserve_requests)
         cache = self._best_cache(prompts[: sizes.group])
         micro_batch = self._best_micro_batch()
-        generate_s: list[float] = []
-        finetune_s: list[float] = []
 
         def peer_generate() -> list[list[int]]:
             tokens: list[list[int]] = []
@@ -277,27 +290,26 @@ class SideBySide:
         tokens, losses = ours()
         check_tokens(tokens, peer_generate())
         check_losses(losses, self._peer_finetune(sizes.coserve_steps, micro_batch).losses)
-        ours_s = []
+        costs: dict[str, list[Cost]] = {"generate": [], "finetune": [], "ours": []}
         for _ in range(repeats):
-            generate_s.append(seconds(peer_generate))
+            costs["generate"].append(measure(peer_generate))
             trained = self._peer_finetune(sizes.coserve_steps, micro_batch)
-            finetune_s.append(sum(trained.step_s))
-            ours_s.append(seconds(ours))
-        totals = [a + b for a, b in zip(generate_s, finetune_s, strict=True)]
-        parts = [Timing("", "s", tuple(values)) for values in (generate_s, finetune_s)]
-        sum_of_medians = sum(part.median for part in parts)
-        flexjax = Timing("coserve flexjax", "s", tuple(ours_s))
-        trained_tokens = sizes.coserve_steps * sizes.batch_size * sizes.sample_len
+            costs["finetune"].append(trained.cost())
+            costs["ours"].append(measure(ours))
+        both = zip(costs["generate"], costs["finetune"], strict=True)
+        peer = [Cost(a.wall_s + b.wall_s, a.cpu_s + b.cpu_s) for a, b in both]
+        medians = {name: timings(name, values)[0].median for name, values in costs.items()}
         notes = {
             "peer_cache": cache or "dynamic",
             "peer_micro_batch": micro_batch,
-            "peer_generate_s": generate_s,
-            "peer_finetune_s": finetune_s,
-            "ratio_of_sum_of_medians": sum_of_medians / flexjax.median,
+            "peer_generate_s": [cost.wall_s for cost in costs["generate"]],
+            "peer_finetune_s": [cost.wall_s for cost in costs["finetune"]],
+            "ratio_of_sum_of_medians": (medians["generate"] + medians["finetune"])
+            / medians["ours"],
         }
+        trained_tokens = sizes.coserve_steps * sizes.batch_size * sizes.sample_len
         work = trained_tokens + sizes.coserve_requests * sizes.output_len
-        peer = Timing("coserve peers", "s", tuple(totals))
-        return [Comparison("coserve", work, peer, flexjax, notes)]
+        yield Comparison("coserve", work, peer, costs["ours"], notes)
 
 
 def check_losses(ours: Sequence[float], theirs: Sequence[float]) -> None:

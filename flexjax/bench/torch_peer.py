@@ -6,13 +6,14 @@ Needs torch, transformers and peft (the `oracle` extra); nothing else in flexjax
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 import numpy as np
 import peft
 import torch
 import transformers
+
+from flexjax.bench.harness import Cost, now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,15 @@ class TrainedSteps:
 
     Attributes:
       losses: Mean loss per target token of each step's batch, before the step.
-      step_s: Seconds of each step.
+      marks: Clocks at the start and after each step.
     """
 
     losses: tuple[float, ...]
-    step_s: tuple[float, ...]
+    marks: tuple[Cost, ...]
+
+    def cost(self, first: int = 0) -> Cost:
+        """What the steps from `first` on took."""
+        return self.marks[-1] - self.marks[first]
 
 
 class TorchPeer:
@@ -103,9 +108,8 @@ class TorchPeer:
         optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
         rows = torch.from_numpy(tokens).long()
         share = micro_batch / batch_size  # rows are equally long, so a mean of means is exact
-        losses, times = [], []
+        losses, marks = [], [now()]
         for step in range(steps):
-            started = time.perf_counter()
             index = (step * batch_size + torch.arange(batch_size)) % len(rows)
             loss_sum = 0.0
             for part in index.split(micro_batch):
@@ -117,5 +121,5 @@ class TorchPeer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss_sum)
-            times.append(time.perf_counter() - started)
-        return TrainedSteps(tuple(losses), tuple(times))
+            marks.append(now())
+        return TrainedSteps(tuple(losses), tuple(marks))

@@ -31,10 +31,12 @@ def test_quick_run_measures_every_part(tmp_path):
     ratios = {r["part"]: r for r in records if r["kind"] == "ratio"}
     assert set(ratios) == {"finetune", "generate 1", "generate 8", "coserve"}
     for part, record in ratios.items():
-        timings = {r["side"]: r for r in records if r["kind"] == "timing" and r["part"] == part}
+        measured = [r for r in records if r["kind"] == "timing" and r["part"] == part]
+        timings = {r["side"]: r for r in measured if r["unit"] == "s"}
         expected = timings["peer"]["median"] / timings["flexjax"]["median"]
         assert record["ratio"] == pytest.approx(expected)
         assert timings["peer"]["runs"] == timings["flexjax"]["runs"] == 1
+        assert {r["unit"] for r in measured} == {"s", "cpu s"}
         assert part in done.stdout
 
 
@@ -48,3 +50,9 @@ def test_zero_repeats_are_refused():
     done = run("--repeats", "0")
     assert done.returncode == 2
     assert "--repeats must be at least 1; got 0" in done.stderr
+
+
+def test_more_cores_than_there_are_is_refused():
+    done = run("--cores", "100000")
+    assert done.returncode == 2
+    assert "--cores must be between 1 and" in done.stderr

@@ -1,14 +1,18 @@
 import json
+import time
 
 import pytest
 
 from flexjax.bench.harness import (
+    Cost,
     Timing,
     alternate,
     commit,
     header,
+    measure,
     ratio_of_medians,
     table,
+    timings,
     write_jsonl,
 )
 
@@ -51,10 +55,22 @@ def test_timing_refuses_no_samples():
 def test_alternate_takes_turns():
     calls = []
     runs = {name: lambda n=name: calls.append(n) for name in ("a", "b")}
-    times = alternate(runs, 3)
+    costs = alternate(runs, 3)
     assert calls == ["a", "b"] * 3
-    assert [len(times[name].samples) for name in ("a", "b")] == [3, 3]
-    assert min(times["a"].samples) >= 0
+    assert [len(costs[name]) for name in ("a", "b")] == [3, 3]
+    assert min(min(cost) for cost in costs["a"]) >= 0
+
+
+def test_cpu_seconds_do_not_count_waiting():
+    cost = measure(lambda: time.sleep(0.2))
+    assert cost.wall_s >= 0.2
+    assert cost.cpu_s < 0.1
+
+
+def test_costs_become_two_timings():
+    wall, cpu = timings("x", [Cost(3.0, 1.0), Cost(5.0, 2.0) - Cost(1.0, 0.5)])
+    assert (wall.samples, wall.unit) == ((3.0, 4.0), "s")
+    assert (cpu.samples, cpu.unit) == ((1.0, 1.5), "cpu s")
 
 
 def test_ratio_is_of_medians():
