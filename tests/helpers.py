@@ -322,3 +322,45 @@ def peft_gradients(model) -> dict[str, dict[str, np.ndarray]]:
         linear: {m: np.stack([by[i] for i in sorted(by)]) for m, by in pair.items()}
         for linear, pair in found.items()
     }
+
+
+def merged_weights(config: ModelConfig, weights: DecoderWeights, arrays, scale: float):
+    """Base weights with an adapter added to the kernels (float64 products)."""
+    layers = dict(weights.layers)
+    for name, pair in arrays.items():
+        delta = scale * np.einsum("lir,lro->lio", *(np.float64(pair[m]) for m in ("A", "B")))
+        kernel = np.float64(layers[f"{name}.kernel"]) + delta
+        layers[f"{name}.kernel"] = jnp.asarray(kernel, jnp.float32)
+    return weights._replace(layers=layers)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_softmax(config, weights, tokens):
+    return jax.nn.log_softmax(decoder_logits(config, weights, tokens[None])[0], axis=-1)
+
+
+def dense_logprobs(config: ModelConfig, weights: DecoderWeights, tokens, length: int = 128):
+    """Log probabilities after each token by dense attention, [S, V]; padded to one length."""
+    padded = np.zeros(length, np.int32)
+    padded[: len(tokens)] = tokens
+    return np.asarray(_log_softmax(config, weights, jnp.asarray(padded)))[: len(tokens)]
+
+
+def check_greedy(config, weights, output, tolerance: float = LOGPROB_TOLERANCE) -> float:
+    """Asserts that an output is what dense attention chooses; returns the largest logprob gap."""
+    tokens = [*output.prompt_token_ids, *output.token_ids]
+    table = dense_logprobs(config, weights, tokens)[len(output.prompt_token_ids) - 1 : -1]
+    assert list(table.argmax(-1)) == list(output.token_ids)
+    if output.logprobs is None:
+        return 0.0
+    ours = np.asarray([entry.logprob for entry in output.logprobs])
+    gap = float(np.abs(ours - table.max(-1)).max())
+    assert gap <= tolerance, gap
+    return gap
+
+
+def logprob_gap(first, second) -> float:
+    """Largest difference of two outputs' log probabilities; their tokens must be equal."""
+    assert first.token_ids == second.token_ids
+    pairs = zip(first.logprobs, second.logprobs, strict=True)
+    return max(abs(a.logprob - b.logprob) for a, b in pairs)

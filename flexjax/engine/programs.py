@@ -59,11 +59,16 @@ def window_loss(
     return loss + added, arena
 
 
-def discard(arena: Arena, sums: GradSums, pages: jax.Array) -> tuple[Arena, GradSums]:
-    """Forgets the partial sums of a group whose arena pages these were (-1 padding)."""
+def discard(arena: Arena, pages: jax.Array) -> Arena:
+    """Forgets what was accumulated in the arena pages of a group (-1 padding)."""
     where = jnp.where(pages >= 0, pages, arena.kv_grads.k.shape[1])
     cleared = jax.tree.map(lambda acc: acc.at[:, where].set(0.0, mode="drop"), arena.kv_grads)
-    return arena._replace(kv_grads=cleared), jax.tree.map(jnp.zeros_like, sums)
+    return arena._replace(kv_grads=cleared)
+
+
+def clear_sums(sums: GradSums) -> GradSums:
+    """Forgets partial sums."""
+    return jax.tree.map(jnp.zeros_like, sums)
 
 
 class Programs:
@@ -161,7 +166,8 @@ class Programs:
         jobs: dict[tuple, tuple] = {
             ("copy_slot",): (copy_slot, (0,), (self._bank, _INT, _INT)),
             ("add_sums",): (add_sums, (0, 1), (sums, sums)),
-            ("discard",): (discard, (0, 1), (arena, sums, pages)),
+            ("discard",): (discard, (0,), (arena, pages)),
+            ("clear_sums",): (clear_sums, (0,), (sums,)),
             ("optimizer_step",): (
                 optimizer_step,
                 (0, 1, 2),

@@ -28,7 +28,7 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
 from flexjax.optim.adamw import Hyper, OptimizerState, StepStats, init_optimizer
 from flexjax.scheduler.latency import LatencyTable
-from flexjax.scheduler.plan import EvalResult, LossWindow, OptimizerStep, StepPlan
+from flexjax.scheduler.plan import Discard, EvalResult, LossWindow, OptimizerStep, StepPlan
 from flexjax.scheduler.sequence import Sequence
 from flexjax.step.sampling import SampleOutput
 from flexjax.step.state import EngineState, GradSums, init_sample_state, zero_sums
@@ -178,8 +178,8 @@ class Runner:
     def launch(self, plan: StepPlan) -> Handle:
         """Starts a step on the device and returns at once."""
         launched_s = time.perf_counter()
-        for group, arena_pages in plan.discarded:
-            self._discard(group.run.run_id, arena_pages)
+        for discard in plan.discarded:
+            self._discard(discard)
         for sequence in plan.resets:
             self._reset(sequence)
         for window in plan.losses:
@@ -267,14 +267,15 @@ class Runner:
         sample = reset(self.state.sample, scalar(sequence.slot), prompt, output)
         self.state = self.state._replace(sample=sample)
 
-    def _discard(self, run_id: int, arena_pages: list[int]) -> None:
-        job = self._jobs.get(run_id)
-        if job is None:
-            return
+    def _discard(self, discard: Discard) -> None:
+        """Clears what a group left behind; its pages even if its job has ended."""
         pages = np.full((self.sizing.step.tile_pages,), -1, np.int32)
-        pages[: len(arena_pages)] = arena_pages
-        arena, job.part = self.programs["discard",](self.state.arena, job.part, pages)
+        pages[: len(discard.arena_pages)] = discard.arena_pages
+        arena = self.programs["discard",](self.state.arena, pages)
         self.state = self.state._replace(arena=arena)
+        job = self._jobs.get(discard.group.run.run_id)
+        if job is not None and discard.had_sums:
+            job.part = self.programs["clear_sums",](job.part)
 
     def measure_buckets(self, latency: LatencyTable, *, repeats: int = 2) -> None:
         """Runs every bucket on padding rows and records how long it takes."""

@@ -105,5 +105,5 @@ class Sizing:
 
     @property
     def arena_tokens(self) -> int:
-        """Tokens that a group may hold, counted in whole pages."""
-        return self.arena_pages * self.page_size
+        """Tokens that a group may hold, counted in whole pages of the arena and of the pool."""
+        return min(self.arena_pages, self.num_pages) * self.page_size

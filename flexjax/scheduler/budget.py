@@ -20,11 +20,13 @@ class Load:
       decode_rows: Decode rows.
       prefill_rows: Prefill rows.
       has_requests: Whether any request is alive, waiting ones included.
+      has_tile: Whether finetuning has a backward tile ready.
     """
 
     decode_rows: int
     prefill_rows: int
     has_requests: bool
+    has_tile: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,23 @@ class FixedBudget:
     max_ms: float | None = None
 
     def budget(self, load: Load, ladder: BucketLadder, latency: LatencyTable) -> FinetuneBudget:
-        """See `BudgetPolicy.budget`; takes the mix with the most rows that fits both limits."""
+        """See `BudgetPolicy.budget`; takes the mix with the most rows that fits both limits.
+
+        A tile that is ready comes first: mixes without one are taken only where none with one
+        fits, because a backward pass that waits holds pages, and forward rows alone end nothing.
+        """
         whole = FinetuneBudget(ladder.max_chunk - load.prefill_rows, ladder.max_window)
         if not load.has_requests or (self.max_rows is None and self.max_ms is None):
             return whole
+        windows = ladder.window if load.has_tile else ()
+        best = self._largest(load, windows, ladder, latency)
+        return best if _rows(best) else self._largest(load, (0,), ladder, latency)
+
+    def _largest(
+        self, load: Load, windows: tuple[int, ...], ladder: BucketLadder, latency: LatencyTable
+    ) -> FinetuneBudget:
         best = FinetuneBudget(0, 0)
-        for window in (0, *ladder.window):
+        for window in windows:
             for chunk in (0, *ladder.chunk):
                 forward = max(0, chunk - load.prefill_rows)
                 mix = FinetuneBudget(forward, window)

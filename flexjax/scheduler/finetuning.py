@@ -9,6 +9,7 @@ from flexjax.scheduler.budget import FinetuneBudget
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import (
     BackwardTile,
+    Discard,
     EvalResult,
     ForwardPiece,
     LossWindow,
@@ -45,7 +46,7 @@ class FinetunePlanner:
         self._arena = arena
         self._num_layers = num_layers
         self._is_window_major = tile_order == "window_major"
-        self._discarded: list[tuple[Group, list[int]]] = []
+        self._discarded: list[Discard] = []
         self._ended: list[Group] = []
 
     def add(self, run: TrainingRun) -> None:
@@ -65,6 +66,11 @@ class FinetunePlanner:
     def has_work(self) -> bool:
         """Whether some job has something to plan."""
         return any(run.has_work() for run in self.runs)
+
+    @property
+    def has_tile(self) -> bool:
+        """Whether some group is ready for its next backward tile."""
+        return any(g.is_placed and g.in_backward for run in self.runs for g in run.groups)
 
     @property
     def num_kv_pages(self) -> int:
@@ -91,13 +97,14 @@ class FinetunePlanner:
         return True
 
     def _unplace(self, group: Group) -> None:
+        had_sums = group.has_sums
         kv_pages, arena_pages = group.unplace()
         self._pages.free(kv_pages)
         self._arena.free(arena_pages)
-        self._discarded.append((group, arena_pages))
+        self._discarded.append(Discard(group, arena_pages, had_sums))
 
-    def take_discarded(self) -> list[tuple[Group, list[int]]]:
-        """Groups that lost their pages since the last call, with the arena pages they had."""
+    def take_discarded(self) -> list[Discard]:
+        """Groups that lost their pages since the last call."""
         discarded, self._discarded = self._discarded, []
         return discarded
 
@@ -171,9 +178,11 @@ class FinetunePlanner:
 
     def _plan_tile(self, plan: StepPlan, run: TrainingRun, max_rows: int) -> bool:
         """Plans a tile of a job's first group that is ready for backward, if there is one."""
-        group = next((g for g in run.groups if g.is_placed and g.in_backward), None)
-        if group is None:
+        ready = [g for g in run.groups if g.is_placed and g.in_backward]
+        if not ready:
             return False
+        # A group that has begun goes first: the job's partial sums belong to one group at a time.
+        group = next((g for g in ready if g.has_sums), ready[0])
         rows = min(max_rows, run.config.window or max_rows)
         if self._is_window_major:
             tile = self._window_major_tile(group, rows)

@@ -96,6 +96,21 @@ class EvalResult:
     num_targets: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Discard:
+    """A group that lost its pages before it was done.
+
+    Attributes:
+      group: The group; it starts over, unless its job has ended.
+      arena_pages: Arena pages that it had; whatever was accumulated there is void.
+      had_sums: Whether the job's partial sums are this group's, and void too.
+    """
+
+    group: Group
+    arena_pages: list[int]
+    had_sums: bool
+
+
 @dataclasses.dataclass
 class StepPlan:
     """The host's decision for one iteration.
@@ -110,7 +125,7 @@ class StepPlan:
       finished_groups: Groups whose last tile this step holds; their sums are added to the batch.
       optimizer_steps: Due after that.
       eval_results: Evaluations that end with this step.
-      discarded: Groups that lost their pages; their partial sums are forgotten before the step.
+      discarded: Groups that lost their pages; what they left is forgotten before the step.
       resets: Sequences whose token counts must be set before they are sampled.
     """
 
@@ -123,7 +138,7 @@ class StepPlan:
     finished_groups: list[Group] = dataclasses.field(default_factory=list)
     optimizer_steps: list[OptimizerStep] = dataclasses.field(default_factory=list)
     eval_results: list[EvalResult] = dataclasses.field(default_factory=list)
-    discarded: list[tuple[Group, list[int]]] = dataclasses.field(default_factory=list)
+    discarded: list[Discard] = dataclasses.field(default_factory=list)
     resets: list[Sequence] = dataclasses.field(default_factory=list)
 
     @property

@@ -7,6 +7,7 @@ request next (it is recomputed later); nothing is dropped.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 
 from flexjax.layout import StepSizes
@@ -102,6 +103,7 @@ class Scheduler:
         if self._is_deterministic and self._was_inference and self.finetuning.has_work:
             self._was_inference = False
             self._plan_finetuning(plan, Load(0, 0, has_requests=False))
+            plan.discarded.extend(self.finetuning.take_discarded())
             if not plan.is_empty:
                 return plan
         self._plan_decode(plan)
@@ -202,6 +204,7 @@ class Scheduler:
             self._add_chunk(plan, sequence)
 
     def _plan_finetuning(self, plan: StepPlan, load: Load) -> None:
+        load = dataclasses.replace(load, has_tile=self.finetuning.has_tile)
         budget = self._policy.budget(load, self.ladder, self.latency)
         reserve = len(self.running)
         if self.waiting:

@@ -94,6 +94,12 @@ class Group:
         return not self.has_forward and not self.is_done
 
     @property
+    def has_sums(self) -> bool:
+        """Whether the job's partial sums hold gradients of this group."""
+        is_below = self.backward_start < self.num_rows or self.top < self.run.num_layers
+        return not self.is_eval and (is_below or self.window is not None)
+
+    @property
     def is_done(self) -> bool:
         """Whether the last tile has been planned."""
         return not self.has_forward and self.backward_start == 0 and self.top <= self.run.bottom

@@ -156,13 +156,18 @@ def ragged_attention(
         mask &= row_segments[:, None] == key_segments[None, :]  # [T, S]
         k = gather_block(k_pool, layer, pages).astype(jnp.float32)
         v = gather_block(v_pool, layer, pages).astype(jnp.float32)
-        v = jnp.where((key_positions >= 0)[:, None, None] & mask.any(0)[:, None, None], v, 0)
+        # Rows of other segments meet these values with probability zero, and 0 * NaN is NaN: a
+        # value that is not finite goes only to the rows that see it.
+        is_bad = mask.any(0) & ~jnp.isfinite(v).all((1, 2))
+        sees_bad = (mask & is_bad[None, :]).any(1)
+        v = jnp.where((mask.any(0) & ~is_bad)[:, None, None], v, 0)
         scores = jnp.einsum("kgth,skh->kgts", queries, k)
         scores = jnp.where(mask[None, None], scores, MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(-1))
         probs = jnp.where(mask[None, None], jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
         added = jnp.einsum("kgts,skh->kgth", probs, v)
+        added = jnp.where(sees_bad[None, None, :, None], jnp.nan, added)
         return new_maximum, total * decay + probs.sum(-1), acc * decay[..., None] + added
 
     shape = (num_kv_heads, groups, num_rows)

@@ -68,6 +68,8 @@ def window_attention_backward(
         dk = jnp.einsum("kgws,kgwh->skh", d_scores, queries)
         targets = lax.dynamic_slice_in_dim(padded_acc_pages, block * block_pages, block_pages)
         targets = jnp.where(targets >= 0, targets, dk_acc.shape[1])  # out of range: dropped
+        # A row that is not finite must not reach slots that nobody reads, and nobody clears.
+        dk, dv = jnp.where(is_read, dk, 0), jnp.where(is_read, dv, 0)
         shape = (block_pages, page_size, num_kv_heads, head_dim)
         dk_acc = dk_acc.at[acc_layer, targets].add(dk.reshape(shape), mode="drop")
         dv_acc = dv_acc.at[acc_layer, targets].add(dv.reshape(shape), mode="drop")

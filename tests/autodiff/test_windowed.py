@@ -42,7 +42,8 @@ def draw_mixed_lora(rng, config, names):
         rank = int(rng.integers(1, 6))
         num_in, num_out = dims[name]
         arrays[name] = {
-            "A": 0.2 * jnp.asarray(rng.standard_normal((config.num_layers, num_in, rank)), "float32"),
+            "A": 0.2
+            * jnp.asarray(rng.standard_normal((config.num_layers, num_in, rank)), "float32"),
             "B": 0.2
             * jnp.asarray(rng.standard_normal((config.num_layers, rank, num_out)), "float32"),
         }
@@ -52,7 +53,7 @@ def draw_mixed_lora(rng, config, names):
 def draw_split(rng, total):
     sizes = []
     while sum(sizes) < total:
-        sizes.append(int(min(rng.choice([1, 2, 5, 8, 13, 17, 20]), total - sum(sizes))))
+        sizes.append(int(min(rng.choice([3, 11, 17, 23]), total - sum(sizes))))
     return tuple(sizes)
 
 
@@ -67,7 +68,7 @@ def check(config, weights, lora, scale, tokens, targets, **options):
     run = functools.partial(windowed_value_and_grad, (config, weights), **options)
     step = jax.jit(lambda lora, t, y: run(lora, t, y, lora_scale=scale))
     loss, grads = step(lora, jnp.asarray(tokens), jnp.asarray(targets))
-    rows = [Row({}, t, y) for t, y in zip(np.atleast_2d(tokens), np.atleast_2d(targets))]
+    rows = [Row({}, t, y) for t, y in zip(*map(np.atleast_2d, (tokens, targets)), strict=True)]
     expected_loss, expected = whole_sequence_gradients(config, weights, lora, scale, rows)
     error = worst_gradient_error(grads, expected)
     _seen.append(error)
@@ -76,15 +77,16 @@ def check(config, weights, lora, scale, tokens, targets, **options):
     return grads
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_match_jax_grad(rng, family, order, policy):
+def test_gradients_match_jax_grad(rng, family, order):
+    is_even = FAMILIES.index(family) % 2 == ORDERS.index(order)  # each family, both policies
+    policy = POLICIES[is_even]
     config = tiny_config(family)
     weights = tiny_weights(config, seed=int(rng.integers(100)))
     count = int(rng.integers(1, 8))
     names = [str(n) for n in rng.choice(LORA_TARGETS, count, replace=False)]
-    num_seqs, length = int(rng.integers(1, 4)), int(rng.integers(17, 40))
+    num_seqs, length = int(rng.integers(2, 4)), int(rng.integers(17, 26))
     tokens, targets = draw_batch(rng, num_seqs, length)
     split = draw_split(rng, num_seqs * length)
     lora = draw_mixed_lora(rng, config, names)
@@ -92,10 +94,10 @@ def test_gradients_match_jax_grad(rng, family, order, policy):
     check(config, weights, lora, float(rng.uniform(0.5, 3)), tokens, targets, **options)
 
 
-@pytest.mark.parametrize("split", [1, 7, 48, 1000, (7, 13, 1, 20, 7)])
-def test_any_split_of_one_sequence(rng, split):
-    config = tiny_config("qwen3")
-    tokens, targets = draw_batch(rng, 1, 48)
+@pytest.mark.parametrize(("split", "length"), [(1, 4), (48, 48), (1000, 48), ((7, 1, 33, 7), 48)])
+def test_any_split_of_one_sequence(rng, split, length):
+    config = tiny_config("qwen3", num_layers=2)
+    tokens, targets = draw_batch(rng, 1, length)
     lora = draw_mixed_lora(rng, config, LORA_TARGETS)
     check(config, tiny_weights(config), lora, 2.0, tokens[0], targets[0], window=split)
 
@@ -124,9 +126,7 @@ def test_no_target_gives_zero(rng):
     tokens = jnp.asarray(draw_batch(rng, 2, 9)[0])
     targets = jnp.full_like(tokens, -1)
     model = (config, tiny_weights(config))
-    loss, grads = windowed_value_and_grad(
-        model, lora, tokens, targets, window=4, reduction="mean"
-    )
+    loss, grads = windowed_value_and_grad(model, lora, tokens, targets, window=4, reduction="mean")
     assert float(loss) == 0 and not any(np.asarray(g).any() for g in jax.tree.leaves(grads))
 
 
