@@ -169,7 +169,9 @@ def _keep_top(
     before = jnp.cumsum(probs, axis=-1) - probs
     in_top_p = in_top_k & (before < top_p[:, None])
     smallest = jnp.where(in_top_p, ordered, jnp.inf).min(-1, keepdims=True)
-    return jnp.where(scaled < smallest, _DROPPED, scaled)
+    # Rows that ask for neither keep all: the sum's rounding could cost them their tail.
+    is_filtered = (top_k > 0) | (top_p < 1.0)
+    return jnp.where(is_filtered[:, None] & (scaled < smallest), _DROPPED, scaled)
 
 
 def _logprobs(
