@@ -24,9 +24,10 @@ from flexjax.lora.bank import AdapterBank, copy_slot, write_slot, zero_lora
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
 from flexjax.optim.adamw import Hyper, OptimizerState, add_sums, init_optimizer, optimizer_step
+from flexjax.optim.sums import GradSums, zero_sums
 from flexjax.step.co_serve import co_serve_step
 from flexjax.step.sampling import reset_sequence, sample_step
-from flexjax.step.state import EngineState, GradSums, zero_sums
+from flexjax.step.state import EngineState
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _FLOAT = jax.ShapeDtypeStruct((), jnp.float32)

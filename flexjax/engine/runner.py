@@ -27,11 +27,12 @@ from flexjax.lora.bank import init_bank, pad_lora
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
 from flexjax.optim.adamw import Hyper, OptimizerState, StepStats, init_optimizer
+from flexjax.optim.sums import GradSums, zero_sums
 from flexjax.scheduler.latency import LatencyTable
 from flexjax.scheduler.plan import Discard, EvalResult, LossWindow, OptimizerStep, StepPlan
 from flexjax.scheduler.sequence import Sequence
 from flexjax.step.sampling import SampleOutput
-from flexjax.step.state import EngineState, GradSums, init_sample_state, zero_sums
+from flexjax.step.state import EngineState, init_sample_state
 
 
 @dataclasses.dataclass

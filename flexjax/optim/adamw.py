@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from flexjax.lora.bank import AdapterBank, LoraTree, write_slot
-from flexjax.step.state import GradSums
+from flexjax.optim.sums import GradSums
 
 
 class Hyper(NamedTuple):

@@ -23,7 +23,8 @@ from flexjax.lora.linear import AdapterRows, bank_linear
 from flexjax.model_config import ModelConfig
 from flexjax.models.layers import LayerWeights, embed, post_attention, pre_attention
 from flexjax.models.weights import DecoderWeights
-from flexjax.step.state import EngineState, GradSums
+from flexjax.optim.sums import GradSums
+from flexjax.step.state import EngineState
 from pallas_kernels import PageList, decode_attention, ragged_attention
 
 

@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexjax.autodiff.arena import Arena
 from flexjax.cache.pages import KVPool
-from flexjax.lora.bank import LoraTree, zero_lora
 from flexjax.model_config import ModelConfig
 
 
@@ -43,18 +42,6 @@ class EngineState(NamedTuple):
     sample: SampleState
 
 
-class GradSums(NamedTuple):
-    """Sums over the rows of the tiles so far.
-
-    Attributes:
-      lora: Gradient of the summed loss, float32, padded to the bank's rank.
-      loss: Summed token loss, nats.
-    """
-
-    lora: LoraTree
-    loss: Float[Array, ""]
-
-
 def init_sample_state(config: ModelConfig, num_seqs: int, dtype: str) -> SampleState:
     """Returns the sampling state of `num_seqs` idle slots."""
     return SampleState(
@@ -63,8 +50,3 @@ def init_sample_state(config: ModelConfig, num_seqs: int, dtype: str) -> SampleS
         output_counts=jnp.zeros((num_seqs, config.vocab_size), jnp.int32),
         prompt_seen=jnp.zeros((num_seqs, config.vocab_size), jnp.bool_),
     )
-
-
-def zero_sums(config: ModelConfig, max_rank: int) -> GradSums:
-    """Returns sums of nothing."""
-    return GradSums(zero_lora(config, max_rank), jnp.zeros((), jnp.float32))
