@@ -122,6 +122,22 @@ def sampling_fields(options: SamplingOptions) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in fields}
 
 
+def bucket_fields(*, max_running: int, chunk: int) -> dict[str, Any]:
+    """The fields of `EngineConfig` that decide how much is compiled.
+
+    On a CPU, where compilation takes longer than rows of padding cost, one size of each kind is
+    compiled instead of a ladder.
+
+    Args:
+      max_running: Requests that run at once.
+      chunk: Prefill and finetuning-forward rows of a step on a CPU.
+    """
+    fields: dict[str, Any] = {"max_running": max_running}
+    if jax.default_backend() == "cpu":
+        fields |= {"decode_buckets": (max_running,), "chunk_buckets": (chunk,)}
+    return fields
+
+
 def engine_fields(options: TrainingOptions) -> dict[str, Any]:
     """The fields of `EngineConfig` that the finetuning options decide."""
     fields: dict[str, Any] = {
@@ -159,7 +175,6 @@ def finetune_config(
     *,
     data: Path,
     epochs: int,
-    learning_rate: float,
     seed: int,
 ) -> FinetuneConfig:
     """The job that the options describe.
@@ -175,7 +190,7 @@ def finetune_config(
         epochs=epochs,
         max_steps=options.max_steps,
         batch_size=options.batch_size,
-        learning_rate=learning_rate,
+        learning_rate=options.learning_rate,
         schedule=options.schedule,
         warmup_ratio=options.warmup_ratio,
         max_grad_norm=None if options.max_grad_norm == 0 else options.max_grad_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.progress import (
 )
 
 from flexjax.cli.common import (
+    bucket_fields,
     check_data,
     check_output,
     context_len,
@@ -48,15 +50,14 @@ def run(options: FinetuneOptions) -> None:
         lora,
         data=options.data,
         epochs=options.epochs,
-        learning_rate=options.learning_rate,
         seed=options.seed,
     )
     config = EngineConfig(
         dtype=options.dtype,
         max_context_len=options.max_context_len or options.max_seq_len,
-        max_running=1,
         max_adapters=1,
         max_lora_rank=lora.r,
+        **bucket_fields(max_running=1, chunk=128),
         **engine_fields(options),
     )
     check_data(job_config, base, context_len(base, config))
@@ -65,7 +66,7 @@ def run(options: FinetuneOptions) -> None:
     job = engine.finetune(job_config)
     for event in job.events:
         if event.level != "info":
-            Console(stderr=True).print(f"flexjax: {event.message}", highlight=False, markup=False)
+            print(f"flexjax: {event.message}", file=sys.stderr)
     with running():
         train_began_s = time.perf_counter()
         _follow(job, console, is_json=options.json)

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexjax.cli.common import (
     Base,
+    bucket_fields,
     encode_prompt,
     find_base,
     make_console,
@@ -63,16 +64,17 @@ def run(options: GenerateOptions) -> None:
 
 
 def _engine_config(options: GenerateOptions, base: Base, num_prompts: int) -> EngineConfig:
-    rank = 1
+    """An engine that only serves, of few sizes, so that most calls find their programs cached."""
+    rank = EngineConfig.max_lora_rank
     if options.adapter is not None:
-        rank = load_peft_adapter(options.adapter, base.config).config.r
+        rank = max(rank, load_peft_adapter(options.adapter, base.config).config.r)
     return EngineConfig(
         dtype=options.dtype,
         max_context_len=options.max_context_len,
-        max_running=min(EngineConfig.max_running, num_prompts),
         max_jobs=0,
         max_adapters=1,
         max_lora_rank=rank,
+        **bucket_fields(max_running=1 if num_prompts == 1 else EngineConfig.max_running, chunk=128),
     )
 
 

@@ -97,6 +97,9 @@ class TrainingOptions:
     batch_size: Annotated[int, _option(_TRAINING, "Sequences per optimizer step")] = (
         FinetuneConfig.batch_size
     )
+    learning_rate: Annotated[float, _option(_TRAINING, "Peak learning rate")] = (
+        FinetuneConfig.learning_rate
+    )
     schedule: Annotated[str, _option(_TRAINING, "constant, linear or cosine")] = (
         FinetuneConfig.schedule
     )
@@ -207,19 +210,15 @@ class FinetuneOptions(TrainingOptions, ModelOptions):
     output: Annotated[Path, _option(_OUTPUT, "PEFT directory to write")]
     overwrite: _WRITE_OVER = False
     epochs: Annotated[int, _option(_TRAINING, "Passes over the data")] = FinetuneConfig.epochs
-    learning_rate: Annotated[float, _option(_TRAINING, "Peak learning rate")] = (
-        FinetuneConfig.learning_rate
-    )
     seed: Annotated[int, _option(_TRAINING, "Seed of shuffling and of A's first values")] = (
         FinetuneConfig.seed
     )
 
 
-TINY_LEARNING_RATE = 2e-3
-TINY_EPOCHS = 3
+DEMO_EPOCHS = 6
 COSERVE_MAX_TOKENS = 64
-COSERVE_RATE = 2.0
-COSERVE_REQUESTS = 80
+COSERVE_RATE = 4.0
+COSERVE_REQUESTS = 140
 COSERVE_OUTPUT = "coserve-out"
 
 
@@ -286,16 +285,7 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
         int | None,
         _option(
             _TRAINING,
-            f"Passes over the data (default: {FinetuneConfig.epochs}; {TINY_EPOCHS} for the "
-            "embedded model)",
-        ),
-    ] = None
-    learning_rate: Annotated[
-        float | None,
-        _option(
-            _TRAINING,
-            f"Peak learning rate (default: {FinetuneConfig.learning_rate}; {TINY_LEARNING_RATE} "
-            "for the embedded model)",
+            f"Passes over the data (default: {FinetuneConfig.epochs}; {DEMO_EPOCHS} over the demo)",
         ),
     ] = None
     seed: Annotated[int, _option(_TRAINING, "Seed of arrivals, draws and finetuning")] = 0

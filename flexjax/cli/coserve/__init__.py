@@ -9,6 +9,7 @@ from rich.console import Console
 
 from flexjax.cli.common import (
     Base,
+    bucket_fields,
     check_data,
     check_output,
     context_len,
@@ -35,8 +36,7 @@ from flexjax.cli.coserve.report import (
 from flexjax.cli.coserve.workload import Workload, plan_workload
 from flexjax.cli.options import (
     COSERVE_OUTPUT,
-    TINY_EPOCHS,
-    TINY_LEARNING_RATE,
+    DEMO_EPOCHS,
     CoserveOptions,
 )
 from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
@@ -56,11 +56,11 @@ def run(options: CoserveOptions) -> None:
     config = EngineConfig(
         dtype=options.dtype,
         max_context_len=options.max_context_len,
-        max_running=options.max_running,
         max_adapters=1,
         max_lora_rank=job_config.lora.r,
         finetune_token_budget=options.finetune_token_budget,
         step_time_budget_ms=options.step_time_budget_ms,
+        **bucket_fields(max_running=options.max_running, chunk=64),
         **engine_fields(options),
     )
     context = context_len(base, config)
@@ -91,14 +91,12 @@ def run(options: CoserveOptions) -> None:
 
 
 def _job_config(options: CoserveOptions, base: Base) -> FinetuneConfig:
-    epochs = TINY_EPOCHS if base.is_embedded else FinetuneConfig.epochs
-    rate = TINY_LEARNING_RATE if base.is_embedded else FinetuneConfig.learning_rate
+    epochs = DEMO_EPOCHS if options.data is None else FinetuneConfig.epochs
     return finetune_config(
         options,
         lora_config(options, base),
         data=demo_dataset() if options.data is None else options.data,
         epochs=epochs if options.epochs is None else options.epochs,
-        learning_rate=rate if options.learning_rate is None else options.learning_rate,
         seed=options.seed,
     )
 
