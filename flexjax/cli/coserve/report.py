@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import flexjax
-from flexjax.cli.common import Base, device_name
+from flexjax.cli.common import Base, device_name, shorten
 from flexjax.cli.coserve.loop import CoserveLoop, Submitted
 from flexjax.cli.coserve.workload import Workload
 from flexjax.metrics import summarize
@@ -23,6 +23,8 @@ STEPS_FILE = "steps.jsonl"
 SUMMARY_FILE = "summary.json"
 PICTURE_FILE = "coserve.png"
 ADAPTER_DIR = "adapter"
+
+_CELL_CHARACTERS = 100
 
 
 def summary_of(
@@ -144,7 +146,7 @@ def print_tables(summary: dict[str, Any], console: Console) -> None:
         answers.add_column(name, ratio=1, overflow="fold")
     for row in summary["answers"]:
         cells = (row["prompt"], row["before"], row["after"])
-        answers.add_row(*(Text(" ".join(cell.split())[:300]) for cell in cells))
+        answers.add_row(*(Text(shorten(cell, _CELL_CHARACTERS)) for cell in cells))
     console.print(answers)
     output = Path(summary["output"])
     console.print(
