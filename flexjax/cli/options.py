@@ -215,10 +215,10 @@ class FinetuneOptions(TrainingOptions, ModelOptions):
     )
 
 
-DEMO_EPOCHS = 6
+DEMO_EPOCHS = 8
 COSERVE_MAX_TOKENS = 64
-COSERVE_RATE = 4.0
-COSERVE_REQUESTS = 140
+COSERVE_RATE = 8.0
+COSERVE_REQUESTS = 200
 COSERVE_OUTPUT = "coserve-out"
 
 
