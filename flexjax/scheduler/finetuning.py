@@ -38,6 +38,7 @@ class FinetunePlanner:
         arena: PageAllocator,
         num_layers: int,
         tile_order: str,
+        is_deterministic: bool,
     ):
         self.runs: list[TrainingRun] = []
         self._ladder = ladder
@@ -46,6 +47,7 @@ class FinetunePlanner:
         self._arena = arena
         self._num_layers = num_layers
         self._is_window_major = tile_order == "window_major"
+        self._is_deterministic = is_deterministic
         self._discarded: list[Discard] = []
         self._ended: list[Group] = []
 
@@ -70,7 +72,8 @@ class FinetunePlanner:
     @property
     def has_tile(self) -> bool:
         """Whether some group is ready for its next backward tile."""
-        return any(g.is_placed and g.in_backward for run in self.runs for g in run.groups)
+        first = [run.groups[0] for run in self.runs if run.groups]
+        return any(group.is_placed and group.in_backward for group in first)
 
     @property
     def num_kv_pages(self) -> int:
@@ -85,12 +88,14 @@ class FinetunePlanner:
     def evict(self) -> bool:
         """Takes one group's pages back for requests; it starts over later.
 
-        Groups in their forward pass go first, because they lose the least.
+        Groups in their forward pass go first, because they lose the least; within a job the last
+        one goes first, so that its groups stay in order.
 
         Returns:
           Whether there was one.
         """
-        placed = self._placed()
+        last = [[g for g in run.active_groups if g.is_placed][-1:] for run in self.runs]
+        placed = [group for groups in last for group in groups]
         if not placed:
             return False
         self._unplace(max(placed, key=lambda g: (g.has_forward, -g.forward_end)))
@@ -167,6 +172,8 @@ class FinetunePlanner:
             group.forward_end += length
             planned += length
             self._serve(run, length)
+            if self._is_deterministic:
+                return room  # one group a step: sums over keys must not depend on neighbours
         return planned
 
     def _fits_page_list(self, plan: StepPlan, piece: ForwardPiece) -> bool:
@@ -178,11 +185,11 @@ class FinetunePlanner:
 
     def _plan_tile(self, plan: StepPlan, run: TrainingRun, max_rows: int) -> bool:
         """Plans a tile of a job's first group that is ready for backward, if there is one."""
-        ready = [g for g in run.groups if g.is_placed and g.in_backward]
-        if not ready:
+        # Strictly in order: the job's partial sums belong to one group at a time, and are added up
+        # in the same order whoever lost its pages in between.
+        group = run.groups[0] if run.groups else None
+        if group is None or not group.is_placed or not group.in_backward:
             return False
-        # A group that has begun goes first: the job's partial sums belong to one group at a time.
-        group = next((g for g in ready if g.has_sums), ready[0])
         rows = min(max_rows, run.config.window or max_rows)
         if self._is_window_major:
             tile = self._window_major_tile(group, rows)

@@ -52,6 +52,7 @@ class Scheduler:
             arena=arena,
             num_layers=num_layers,
             tile_order=tile_order,
+            is_deterministic=is_deterministic,
         )
         self._sizes = sizes
         self._policy = policy
@@ -111,7 +112,9 @@ class Scheduler:
         self._admit(plan)
         self._was_inference = bool(plan.decode or plan.prefill)
         if not (self._is_deterministic and self._was_inference):
-            load = Load(len(plan.decode), plan.num_chunk_rows, self.has_requests)
+            # Deterministic: without inference rows beside it, finetuning has the whole step.
+            is_shared = self.has_requests and not self._is_deterministic
+            load = Load(len(plan.decode), plan.num_chunk_rows, is_shared)
             self._plan_finetuning(plan, load)
         plan.discarded.extend(self.finetuning.take_discarded())
         return plan

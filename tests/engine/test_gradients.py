@@ -194,7 +194,7 @@ def test_engine_gradients_match_peft(finished, tmp_path):
     ours = {n: {m: grad[chosen] for m, grad in pair.items()} for n, pair in grads.items()}
     error = worst_gradient_error(ours, peft_gradients(model))
     _seen[f"{finished.name} (PEFT)"] = error
-    assert abs(loss - float(total)) <= 1e-5 * float(total)
+    assert abs(loss - total.item()) <= 1e-5 * total.item()
     assert error <= TORCH_GRADIENT_TOLERANCE
 
 

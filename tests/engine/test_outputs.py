@@ -299,7 +299,11 @@ def train(engine, adapter_dir, rows, prompts=()):
     )  # fmt: skip
     with Recorder(engine) as recorder:
         job = engine.finetune(config)
-        outputs = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+        outputs = []
+        for prompt in prompts:  # arriving one by one, they take pages from groups under way
+            for _ in range(15):
+                engine.step()
+            outputs.append(engine.add_request(prompt, GREEDY))
         drain(engine)
     assert job.status == "succeeded" and job.metrics().total_steps == 6
     arrays = engine._jobs.adapters["job"].arrays
@@ -314,10 +318,11 @@ def test_training_with_and_without_requests(model, prompts, alone, tmp_path, det
     rng = np.random.default_rng(8)
     lora = LoraConfig(r=4, alpha=8.0)
     path = write_adapter(tmp_path / "a", config, lora, draw_lora(rng, config, lora))
-    rows = draw_rows(rng, (40, 7, 22, 13, 60, 5, 31, 18), is_masked=True)
+    # Longer than a block of keys: where a sequence stands in a list of pages changes its sums.
+    rows = draw_rows(rng, (150, 7, 90, 160, 40, 120, 31, 18), is_masked=True)
     engine = make_engine(
-        *model, max_context_len=128, page_size=16, num_pages=34,
-        deterministic_finetuning=deterministic,
+        *model, max_context_len=192, page_size=16, num_pages=20, finetune_token_budget=9,
+        window_buckets=(16, 32), chunk_buckets=(48,), deterministic_finetuning=deterministic,
     )  # fmt: skip
     quiet, _, _ = train(engine, path, rows)
     again, _, _ = train(engine, path, rows)
@@ -325,6 +330,7 @@ def test_training_with_and_without_requests(model, prompts, alone, tmp_path, det
     busy, recorder, outputs = train(engine, path, rows, prompts)
     compare("with a job in the same steps", outputs, alone)
     gap = np.abs(quiet - busy).max()
+    assert recorder.num_discarded > 0
     kind = "deterministic" if deterministic else "mixed"
     _gaps[f"(adapter, not logprobs) trained with requests, {kind}"] = float(gap)
     if deterministic:

@@ -57,7 +57,7 @@ def torch_run(torch, model, rows, options):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return np.asarray(losses), np.asarray(rates)
 
 

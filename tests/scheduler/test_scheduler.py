@@ -131,7 +131,7 @@ class Watcher:
         self.backward = {}
         self.losses = defaultdict(set)
         self.finished = []
-        self.mid_backward = {}
+        self.begun = []
 
     def see(self, plan):
         for group in (discard.group for discard in plan.discarded):
@@ -147,6 +147,8 @@ class Watcher:
         for piece in plan.forward:
             assert piece.start == self.forward[piece.group] and piece.length > 0
             self.forward[piece.group] += piece.length
+            if piece.group not in self.begun and not piece.group.is_eval:
+                self.begun.append(piece.group)
         for group in plan.finished_groups:
             done = self.backward[group]
             assert (done[:, self.bottom :] == 1).all() and (done <= 1).all()
@@ -154,6 +156,7 @@ class Watcher:
             others = [g for g in self.backward if g.run is group.run and g is not group]
             half = [g for g in others if self.backward[g].any() and g not in self.finished]
             assert not half, "sums of a half finished group would be added to the batch"
+            assert self.begun[len(self.finished)] is group, "groups are added up in order"
             self.finished.append(group)
 
     def see_tile(self, tile):
