@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from flexjax.bench.harness import (
@@ -157,7 +158,7 @@ class SideBySide:
     def _check_logits(self, model_dir: Path) -> float:
         tokens = random_tokens(self._model, 2, self.settings.prompt_len, self.settings.seed + 1)
         weights = load_weights(model_dir, self._model, "float32")
-        ours = np.asarray(decoder_logits(self._model, weights, tokens))
+        ours = np.asarray(decoder_logits(self._model, weights, jnp.asarray(tokens)))
         error = float(np.abs(ours - self._peer.logits(tokens)).max())
         if not error < _LOGIT_TOLERANCE:
             raise AssertionError(f"Logits differ by {error}.")

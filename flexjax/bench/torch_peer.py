@@ -68,7 +68,7 @@ class TorchPeer:
         ids = torch.from_numpy(prompts).long()
         options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
         with torch.inference_mode():
-            out = self._base.generate(
+            out = self._base.generate(  # type: ignore[operator]  # torch types it as Tensor
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
