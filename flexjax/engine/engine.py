@@ -51,6 +51,7 @@ class EngineStats:
 
     Attributes:
       steps: Launched steps.
+      mixed_steps: Of those, steps that held both inference and finetuning rows.
       prompt_tokens: Prompt tokens computed, recomputation included.
       generated_tokens: Tokens sampled and kept.
       finetune_forward_tokens: Finetuning rows taken through the forward pass.
@@ -62,6 +63,7 @@ class EngineStats:
     """
 
     steps: int = 0
+    mixed_steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finetune_forward_tokens: int = 0
@@ -251,6 +253,7 @@ class Engine(EngineLoop):
           CapacityError: If the prompt leaves no room for a token.
           AdapterNotFoundError: If the adapter is not loaded.
         """
+        arrival_s = time.perf_counter()
         params = params or SamplingParams()
         tokens = encode_prompt(prompt, self.tokenizer, self.model.vocab_size)
         limit = self._runner.sizing.max_context_len
@@ -264,7 +267,7 @@ class Engine(EngineLoop):
             if adapter is not None:
                 slot = self._slots.slot_of(adapter)
                 version = self._slots.info(adapter).version
-            request = self._make_request(tokens, params, slot)
+            request = self._make_request(tokens, params, slot, arrival_s)
             self._slots.hold(slot)
             output = RequestOutput(
                 self._scheduler.add(request),
@@ -278,7 +281,7 @@ class Engine(EngineLoop):
         return output
 
     def _make_request(
-        self, tokens: list[int], params: SamplingParams, slot: int
+        self, tokens: list[int], params: SamplingParams, slot: int, arrival_s: float
     ) -> GenerationRequest:
         request_id, self._next_id = self._next_id, self._next_id + 1
         eos = set(self.model.eos_token_ids)
@@ -289,7 +292,7 @@ class Engine(EngineLoop):
             prompt_token_ids=tuple(tokens),
             params=params,
             adapter_slot=slot,
-            arrival_s=time.perf_counter(),
+            arrival_s=arrival_s,
             eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos),
             seed=request_id if params.seed is None else params.seed,
         )
@@ -422,6 +425,8 @@ class Engine(EngineLoop):
     def _count(self, handle: Handle) -> None:
         stats, plan = self._stats, handle.plan
         stats.steps += 1
+        has_inference = bool(plan.decode or plan.prefill)
+        stats.mixed_steps += has_inference and plan.num_finetune_rows > 0
         stats.prompt_tokens += sum(chunk.length for chunk in plan.prefill)
         stats.finetune_forward_tokens += sum(piece.length for piece in plan.forward)
         stats.finetune_backward_tokens += plan.tile.length if plan.tile else 0
