@@ -63,7 +63,7 @@ def world(tmp_path_factory):
         lora = LoraConfig(r=rank, alpha=2.0 * rank)
         dirs.append(write_adapter(path / str(index), config, lora, draw_lora(rng, config, lora)))
     engine = make_engine(
-        config, tiny_weights(config), chunk_buckets=(8, 24), decode_buckets=(2, 4), num_pages=40
+        config, tiny_weights(config), chunk_buckets=(8, 24), num_pages=24, max_adapters=16
     )
     return engine, dirs
 
