@@ -17,6 +17,7 @@ HOST = {"scheduler", "metrics", "workload"}
 ALLOWED: dict[str, set[str]] = {
     **{name: set() for name in BASE},
     "models": set(),
+    "plotting": set(),
     "cache": set(),
     "lora": {"models"},
     "autodiff": {"models", "lora", "cache"},
