@@ -305,15 +305,3 @@ def test_a_diverged_job_leaves_nothing_behind(crowded, rng):
     assert job.status == "succeeded"
     engine.unload_adapter("next")
     check_batches(crowded, recorder, rows, 4, "after a diverged job")
-
-
-def test_groups_of_short_rows_fit_few_pages(crowded, rng):
-    """Each short row needs a page: a group may not need more of them than there are."""
-    engine, path = crowded[0], crowded[-1]
-    rows = draw_rows(rng, (2,) * 40)
-    with Recorder(engine) as recorder:
-        job = engine.finetune(finetune_config(rows, 40, path, name="short"))
-        drain(engine)
-    assert job.status == "succeeded"
-    engine.unload_adapter("short")
-    check_batches(crowded, recorder, rows, 40, "short rows")

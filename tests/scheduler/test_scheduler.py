@@ -6,7 +6,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from flexjax.builtin_models import builtin_model_config
 from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
+from flexjax.engine.sizing import Sizing
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
@@ -350,3 +352,22 @@ def test_no_limit_gives_everything_to_finetuning():
     alone = Load(0, 0, has_requests=False)
     whole = FixedBudget(1, 0.0).budget(alone, world.ladder, world.scheduler.latency)
     assert (whole.forward_rows, whole.backward_rows) == (24, 16)
+
+
+def test_a_group_of_short_rows_fits_few_pages():
+    """Each row needs a page of its own: a group may not need more pages than there are."""
+    model = builtin_model_config("tiny")
+    config = EngineConfig(
+        max_context_len=24, page_size=4, num_pages=8, window_buckets=(48,), chunk_buckets=(16,)
+    )
+    sizing = Sizing.derive(model, config, "cpu")
+    assert sizing.arena_pages > sizing.num_pages
+    row = TrainSequence(np.arange(2, dtype=np.int32), np.arange(2, dtype=np.int32))
+    run = TrainingRun(
+        0, FinetuneConfig(adapter="a", dataset=[], batch_size=40), [row] * 40, [], slot=0,
+        num_layers=2, bottom=0, group_rows=sizing.group_rows, arena_tokens=sizing.arena_tokens,
+        page_size=4,
+    )  # fmt: skip
+    run.refill()
+    assert len(run.groups) == 5
+    assert all(len(group.sequences) <= sizing.num_pages for group in run.groups)
