@@ -4,7 +4,20 @@ Each op has an `api` (validation, dispatch) and a `reference` (plain jnp with fl
 the specification and the CPU path). The package knows nothing of flexjax.
 """
 
+from pallas_kernels._platform import can_run_triton as can_run_triton
+from pallas_kernels.co_serve_attention.api import ChunkRows as ChunkRows
+from pallas_kernels.co_serve_attention.api import CoServed as CoServed
+from pallas_kernels.co_serve_attention.api import DecodeRows as DecodeRows
+from pallas_kernels.co_serve_attention.api import WindowRows as WindowRows
+from pallas_kernels.co_serve_attention.api import co_serve_attention as co_serve_attention
+from pallas_kernels.dual_matmul.api import dual_matmul as dual_matmul
+from pallas_kernels.dual_matmul.api import stacked_matmul as stacked_matmul
+from pallas_kernels.dual_matmul.api import stacked_matmul_transposed as stacked_matmul_transposed
 from pallas_kernels.grouped_lora.api import grouped_lora as grouped_lora
+from pallas_kernels.grouped_lora.api import grouped_lora_backward as grouped_lora_backward
+from pallas_kernels.grouped_lora.api import grouped_lora_many as grouped_lora_many
+from pallas_kernels.grouped_lora.groups import RowGroups as RowGroups
+from pallas_kernels.grouped_lora.groups import group_rows as group_rows
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy as linear_cross_entropy
 from pallas_kernels.paged_attention.api import PageList as PageList
 from pallas_kernels.paged_attention.api import decode_attention as decode_attention

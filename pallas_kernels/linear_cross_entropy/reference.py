@@ -11,9 +11,10 @@ _BLOCK_ROWS = 128
 
 def linear_cross_entropy(
     hidden: Float[Array, "W D"],
-    lm_head: Float[Array, "D V"],
+    lm_head: Float[Array, "_ _"],
     targets: Int[Array, "W"],
     *,
+    transposed_head: bool = False,
     block_rows: int = _BLOCK_ROWS,
 ) -> tuple[Float[Array, ""], Float[Array, "W D"]]:
     """Summed loss and its gradient at the hidden rows; see `api.linear_cross_entropy`."""
@@ -25,7 +26,7 @@ def linear_cross_entropy(
 
     def block(loss_sum, inputs):
         x, target = inputs
-        logits = jnp.dot(x, lm_head, preferred_element_type=jnp.float32)
+        logits = _product(x, lm_head, transposed_head)
         maximum = lax.stop_gradient(logits.max(-1, keepdims=True))
         exps = jnp.exp(logits - maximum)
         total = exps.sum(-1, keepdims=True)
@@ -37,10 +38,13 @@ def linear_cross_entropy(
         loss = jnp.where(target >= 0, lse - picked, 0.0).sum()
         d_logits = jnp.where((target >= 0)[:, None], exps / total - is_target, 0.0)
         d_logits = d_logits.astype(lm_head.dtype)
-        d_x = lax.dot_general(
-            d_logits, lm_head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        return loss_sum + loss, d_x
+        return loss_sum + loss, _product(d_logits, lm_head, not transposed_head)
 
     loss_sum, d_hidden = lax.scan(block, jnp.zeros((), jnp.float32), (rows, wanted))
     return loss_sum, d_hidden.reshape(-1, dim)[:num_rows]
+
+
+def _product(x: Array, kernel: Array, transposed: bool) -> Array:
+    """Returns x @ kernel, or x @ kernel.T if `transposed`, in float32."""
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)

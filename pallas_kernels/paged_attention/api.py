@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import pallas_triton, reference
 from pallas_kernels.paged_attention.types import PageList as PageList
 
 
@@ -57,18 +57,22 @@ def decode_attention(
         whose output is zero.
       sm_scale: Multiplies the scores.
       sliding_window: Keys that a query sees, itself included; None for all.
-      implementation: None or "reference".
+      implementation: "pallas_triton", "reference", or None for the first that can run.
 
     Returns:
       Attention outputs in the dtype of `q`; accumulated in float32.
 
     Raises:
       ValueError: If shapes do not fit; see `check_pool`.
+      NotImplementedError: If the implementation named cannot run this here.
     """
     check_pool(q.shape, k_pool.shape, v_pool.shape)
     return dispatch(
         "decode_attention",
-        {"reference": reference.decode_attention},
+        {
+            "pallas_triton": pallas_triton.decode_attention,
+            "reference": reference.decode_attention,
+        },
         implementation,
         q,
         k_pool,
@@ -106,18 +110,22 @@ def ragged_attention(
       row_positions: Position of each row in its sequence; -1 for padding.
       sm_scale: Multiplies the scores.
       sliding_window: Keys that a query sees, itself included; None for all.
-      implementation: None or "reference".
+      implementation: "pallas_triton", "reference", or None for the first that can run.
 
     Returns:
       Attention outputs in the dtype of `q`, and the log-sum-exp of each row's scores, float32.
 
     Raises:
       ValueError: If shapes do not fit; see `check_pool`.
+      NotImplementedError: If the implementation named cannot run this here.
     """
     check_pool(q.shape, k_pool.shape, v_pool.shape)
     return dispatch(
         "ragged_attention",
-        {"reference": reference.ragged_attention},
+        {
+            "pallas_triton": pallas_triton.ragged_attention,
+            "reference": reference.ragged_attention,
+        },
         implementation,
         q,
         k_pool,

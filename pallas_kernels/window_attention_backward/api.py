@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.paged_attention.api import check_pool
 from pallas_kernels.paged_attention.types import PageList
-from pallas_kernels.window_attention_backward import reference
+from pallas_kernels.window_attention_backward import pallas_triton, reference
 
 
 def window_attention_backward(
@@ -50,21 +50,25 @@ def window_attention_backward(
         own; added to in place when donated.
       dv_acc: The same for values.
       acc_layer: Layer of the accumulators to add to.
-      acc_pages: Accumulator page of each entry of `page_list`, -1 padding.
+      acc_pages: Accumulator page of each entry of `page_list`, -1 to add nowhere; no page twice.
       sm_scale: Multiplies the scores.
       sliding_window: As in the forward pass.
-      implementation: None or "reference".
+      implementation: "pallas_triton", "reference", or None for the first that can run.
 
     Returns:
       dQ in float32, and both accumulators. The result does not depend on the order of rows.
 
     Raises:
       ValueError: If shapes do not fit; see `paged_attention.api.check_pool`.
+      NotImplementedError: If the implementation named cannot run this here.
     """
     check_pool(q.shape, k_pool.shape, v_pool.shape)
     return dispatch(
         "window_attention_backward",
-        {"reference": reference.window_attention_backward},
+        {
+            "pallas_triton": pallas_triton.window_attention_backward,
+            "reference": reference.window_attention_backward,
+        },
         implementation,
         q,
         out,

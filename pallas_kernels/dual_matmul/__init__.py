@@ -1,0 +1,1 @@
+"""`api` is public; `reference` is the specification and the CPU path."""
