@@ -24,6 +24,10 @@ LORA_TARGETS = (
 """The linears that a LoRA can adapt, by Hugging Face name, in the order of the layer."""
 
 
+KERNELS = ("reference", "pallas_triton", "fused")
+"""Values of `EngineConfig.kernels`, beside None."""
+
+
 def _require(condition: bool, name: str, rule: str, value: object) -> None:
     if not condition:
         raise ValueError(f"`{name}` must be {rule}; got {value!r}.")
@@ -204,6 +208,10 @@ class EngineConfig:
         requests are alive; None for the largest bucket.
       step_time_budget_ms: While requests are alive, finetuning is taken only as far as steps are
         expected to stay below this; None for no limit.
+      kernels: "reference" (plain jnp), "pallas_triton" (one Triton kernel per op), or "fused" (the
+        attention of forward rows and of the backward tile in one launch, and so their matrix
+        products where they meet); None for whatever can run on the device. A named one never
+        falls back: Triton kernels need an NVIDIA GPU.
       deterministic_finetuning: Whether finetuning forward rows run in steps without other forward
         rows, so that the trained bits do not depend on the inference load.
       compile_cache_dir: Where compiled programs are kept between runs; None for
@@ -228,6 +236,7 @@ class EngineConfig:
     saved_activations: str = "full"
     finetune_token_budget: int | None = None
     step_time_budget_ms: float | None = None
+    kernels: str | None = None
     deterministic_finetuning: bool = False
     compile_cache_dir: str | None = None
     seed: int = 0
@@ -252,6 +261,8 @@ class EngineConfig:
             self._check_buckets(name)
         orders = ("window_major", "layer_major")
         _require(self.tile_order in orders, "tile_order", f"one of {orders}", self.tile_order)
+        is_known = self.kernels is None or self.kernels in KERNELS
+        _require(is_known, "kernels", f"None or one of {', '.join(KERNELS)}", self.kernels)
         policies = ("inputs", "full")
         _require(
             self.saved_activations in policies,
@@ -259,6 +270,9 @@ class EngineConfig:
             f"one of {policies}",
             self.saved_activations,
         )
+        is_kept = self.kernels != "fused" or self.saved_activations == "full"
+        rule = "'full' with `kernels`='fused'"
+        _require(is_kept, "saved_activations", rule, self.saved_activations)
 
     def _check_buckets(self, name: str) -> None:
         value = getattr(self, name)

@@ -38,19 +38,31 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class StepSizes:
-    """Sizes that all buckets share.
+    """Sizes and choices that all buckets share.
 
     Attributes:
       pages_per_seq: M, entries of a decode row's page table.
       chunk_pages: Entries of the page list of the chunk rows.
       tile_pages: Entries of the page list of the backward tile.
       num_slots: A, adapter slots.
+      kernels: `EngineConfig.kernels`.
     """
 
     pages_per_seq: int
     chunk_pages: int
     tile_pages: int
     num_slots: int
+    kernels: str | None = None
+
+    @property
+    def implementation(self) -> str | None:
+        """Implementation that each op is asked for."""
+        return "pallas_triton" if self.is_fused else self.kernels
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether forward rows and the backward tile share launches."""
+        return self.kernels == "fused"
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # shellcheck disable=SC2046  # the list is meant to be split
-install test -e '.[test,notebooks]' 'pyright[nodejs]' $(oracle_packages)
+install test -e ".[test,notebooks$(aot_extra)]" 'pyright[nodejs]' $(oracle_packages)
 
 failed=""
 check() {
@@ -17,7 +17,7 @@ if [ -n "$failed" ]; then
   echo "Failed:$failed" >&2
 fi
 status=0
-"$PYTHON" -m pytest "$@" || status=$?
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@" || status=$?
 if [ "$status" -eq 0 ] && [ -n "$failed" ]; then
   status=1
 fi

@@ -30,6 +30,13 @@ oracle_packages() {
   fi
 }
 
+# Prints the extra that compiles for GPUs without one, where its wheels exist: Linux.
+aot_extra() {
+  if [ "$(uname -s)" = Linux ]; then
+    echo ",aot"
+  fi
+}
+
 # install NAME ARGUMENTS...: pip-installs once per content of pyproject.toml.
 install() {
   local stamp=".venv/.installed-$1" wanted

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.autodiff.arena import INPUT, Arena, drop_padding, recall
 from flexjax.model_config import ModelConfig
-from flexjax.models.layers import head_kernel, rms_norm
+from flexjax.models.layers import rms_norm
 from flexjax.models.weights import DecoderWeights
 from pallas_kernels import linear_cross_entropy
 
@@ -18,6 +18,8 @@ def loss_head(
     arena: Arena,
     slots: Int[Array, "W"],
     targets: Int[Array, "W"],
+    *,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Arena]:
     """Sums the token losses of a window and leaves their gradient in the arena.
 
@@ -30,6 +32,7 @@ def loss_head(
       arena: Holds the last layer's output of these rows; may be donated.
       slots: Arena token slot of each row, -1 padding.
       targets: Token that each row must predict, -1 where none counts.
+      implementation: Of `linear_cross_entropy`.
 
     Returns:
       The summed loss, float32, and the arena with `d_hidden` of the rows set.
@@ -40,7 +43,14 @@ def loss_head(
         return rms_norm(x, weights.final_norm, config.rms_norm_eps)
 
     normalized, norm_vjp = jax.vjp(norm, hidden)
-    loss, d_normalized = linear_cross_entropy(normalized, head_kernel(weights), targets)
+    head = weights.embed if weights.lm_head is None else weights.lm_head
+    loss, d_normalized = linear_cross_entropy(
+        normalized,
+        head,
+        targets,
+        transposed_head=weights.lm_head is None,
+        implementation=implementation,
+    )
     (d_hidden,) = norm_vjp(d_normalized.astype(normalized.dtype))
     where = drop_padding(slots, arena.d_hidden.shape[0])
     stored = arena.d_hidden.at[where].set(d_hidden.astype(arena.d_hidden.dtype), mode="drop")

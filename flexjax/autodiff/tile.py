@@ -65,6 +65,8 @@ def backward_layer(
     acc_layer: Int[Array, ""],
     rows: TileRows,
     dy: Float[Array, "W D"],
+    *,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "W D"], LoraTree, KVGrads]:
     """Backpropagates one window through one layer.
 
@@ -80,6 +82,7 @@ def backward_layer(
       acc_layer: Index of the layer in the accumulators.
       rows: The window.
       dy: Gradient at the layer's output, float32; zero for padding rows.
+      implementation: Of the attention ops.
 
     Returns:
       Gradient at the layer's input (float32), this window's gradient of the layer's adapter (summed
@@ -102,7 +105,7 @@ def backward_layer(
         if "attn" in saved:
             attn, lse = saved["attn"].reshape(heads), saved["lse"]
         else:
-            attn, lse = _attention(config, q, pool, layer, rows)
+            attn, lse = _attention(config, q, pool, layer, rows, implementation)
     with jax.named_scope("tile_post_attention"):
         _, after_vjp = jax.vjp(after, x, attn, lora)
         dx_residual, d_attn, d_lora_after = after_vjp(dy.astype(x.dtype))
@@ -124,9 +127,10 @@ def backward_layer(
             rows.acc_pages,
             sm_scale=sm_scale(config),
             sliding_window=config.sliding_window,
+            implementation=implementation,
         )
-        dk, dk_acc = _take_rows(dk_acc, acc_layer, rows.slots)
-        dv, dv_acc = _take_rows(dv_acc, acc_layer, rows.slots)
+        dk, dk_acc = take_rows(dk_acc, acc_layer, rows.slots)
+        dv, dv_acc = take_rows(dv_acc, acc_layer, rows.slots)
     with jax.named_scope("tile_pre_attention"):
         dx, d_lora_before = before_vjp((dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)))
     d_lora = jax.tree.map(jnp.add, d_lora_after, d_lora_before)
@@ -135,7 +139,12 @@ def backward_layer(
 
 
 def _attention(
-    config: ModelConfig, q: Array, pool: KVPool, layer: Array, rows: TileRows
+    config: ModelConfig,
+    q: Array,
+    pool: KVPool,
+    layer: Array,
+    rows: TileRows,
+    implementation: str | None,
 ) -> tuple[Array, Array]:
     return ragged_attention(
         q,
@@ -147,10 +156,11 @@ def _attention(
         rows.positions,
         sm_scale=sm_scale(config),
         sliding_window=config.sliding_window,
+        implementation=implementation,
     )
 
 
-def _take_rows(
+def take_rows(
     acc: Float[Array, "l p Z K H"], layer: Array, slots: Int[Array, "W"]
 ) -> tuple[Float[Array, "W K H"], Float[Array, "l p Z K H"]]:
     """Reads the window's complete rows and sets them back to zero; padding rows read zero.

@@ -61,13 +61,18 @@ def write_model(model_dir: str | Path, name: str, seed: int) -> ModelConfig:
     """
     config = MODELS[name]
     save_weights(model_dir, config, random_weights(config, "float32", seed))
-    vocab = {word(token): token for token in range(config.vocab_size)}
+    write_tokenizer(model_dir, config.vocab_size)
+    return config
+
+
+def write_tokenizer(model_dir: str | Path, vocab_size: int) -> None:
+    """Writes a tokenizer with one word per token; see `word`."""
+    vocab = {word(token): token for token in range(vocab_size)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=word(0)))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     backend.save(str(Path(model_dir) / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": word(0)}
     (Path(model_dir) / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return config
 
 
 def word(token: int) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `flexjax generate`, `flexjax finetune`, `flexjax coserve`.
+"""The command line: `flexjax generate`, `finetune`, `coserve`, `compile`.
 
 Exit status: 0 on success; 2 for arguments or input that cannot be used, with the reason as one line
 on standard error; 1 for anything else; 130 after Ctrl-C. A command's module, and with it jax, is
@@ -16,7 +16,13 @@ from typing import Any
 
 import typer
 
-from flexjax.cli.options import CoserveOptions, FinetuneOptions, GenerateOptions, as_signature
+from flexjax.cli.options import (
+    CompileOptions,
+    CoserveOptions,
+    FinetuneOptions,
+    GenerateOptions,
+    as_signature,
+)
 from flexjax.errors import EngineDeadError, FlexJaxError, JobStateError
 
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -62,6 +68,14 @@ _command(
     "Answer arriving requests and train a LoRA adapter at the same time, in the same steps, then "
     "show what both got. Requests are answered by the base model. Without arguments: the embedded "
     "tiny model, its questions and its pirate dataset.",
+)
+
+
+_command(
+    "compile",
+    CompileOptions,
+    "Compile the step of every bucket for a GPU that need not be there, and show memory, generated "
+    "kernels, copies, and the least time that a step can take.",
 )
 
 

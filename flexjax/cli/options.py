@@ -309,6 +309,45 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
     ] = EngineConfig.step_time_budget_ms
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Options of `flexjax compile`."""
+
+    model: Annotated[
+        str | None,
+        _option(
+            _MODEL,
+            "Name of a built-in architecture, or Hugging Face directory, of which only config.json "
+            "is read (default: the tiny model that comes with FlexJAX)",
+        ),
+    ] = None
+    device: Annotated[str, _option(_MODEL, "GPU to compile for: h200, h100 or a100")] = "h200"
+    max_context_len: Annotated[
+        int | None,
+        _option(_ENGINE, "Longest sequence, tokens (default: the model's, at most 8192)"),
+    ] = None
+    max_running: Annotated[int | None, _option(_ENGINE, "Requests at once (default: 64)")] = None
+    saved_activations: Annotated[
+        str | None,
+        _option(
+            _ENGINE,
+            "What the forward pass keeps for the backward pass: inputs or full "
+            "(default: full where it fits)",
+        ),
+    ] = None
+    tile_layers: Annotated[
+        int | None, _option(_ENGINE, "Layers of a backward tile (default: all)")
+    ] = EngineConfig.tile_layers
+    kernels: Annotated[
+        str | None,
+        _option(_ENGINE, "reference, pallas_triton or fused (default: what the device can run)"),
+    ] = None
+    floor_context: Annotated[
+        int, _option(_OUTPUT, "Tokens that each row sees, in the floor of the step's time")
+    ] = 2048
+    json: Annotated[bool, _option(_OUTPUT, "Print JSON on standard output", "--json")] = False
+
+
 def as_signature(function: Any, options: type) -> Any:
     """Gives `function(**options)` the signature that typer reads: one parameter a field."""
     empty = inspect.Parameter.empty

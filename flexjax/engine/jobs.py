@@ -183,7 +183,8 @@ class JobManager:
             touched.add(job)
             loss = float(stats.loss)
             if not bool(stats.is_finite):
-                message = f"loss or gradient is not finite at step {step.step + 1} (loss {loss})"
+                what = "loss, gradient or new weights are not finite"
+                message = f"{what} at step {step.step + 1} (loss {loss})"
                 self.end(job, JobStatus.FAILED, message)
                 continue
             job._steps.append(

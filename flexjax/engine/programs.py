@@ -10,7 +10,8 @@ import concurrent.futures
 import functools
 import os
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,13 +51,16 @@ def set_compile_cache(directory: str | None) -> None:
 
 def window_loss(
     config: ModelConfig,
+    implementation: str | None,
     weights: DecoderWeights,
     arena: Arena,
     loss: jax.Array,
     packed: jax.Array,
 ) -> tuple[jax.Array, Arena]:
     """Adds a window's summed loss to `loss`; see `autodiff.loss.loss_head`."""
-    added, arena = loss_head(config, weights, arena, packed[0], packed[1])
+    added, arena = loss_head(
+        config, weights, arena, packed[0], packed[1], implementation=implementation
+    )
     return loss + added, arena
 
 
@@ -145,7 +149,8 @@ class Programs:
             packed = jax.ShapeDtypeStruct((size,), jnp.int32)
             step = functools.partial(co_serve_step, self._config, bucket, self._sizes)
             args = (self._weights, self._bank, self._state, sums if bucket.window else None, packed)
-            jobs["step", bucket] = (step, (2, 3), args)
+            options = {} if bucket.chunk or bucket.window else _few_rows_options()
+            jobs["step", bucket] = (step, (2, 3), args, options)
         for rows in sample_rows:
             packed = jax.ShapeDtypeStruct((packed_size(sample_fields(rows)),), jnp.int32)
             floats = jax.ShapeDtypeStruct((len(SAMPLE_FLOATS), rows), jnp.float32)
@@ -177,7 +182,7 @@ class Programs:
         }
         for rows in windows:
             packed = jax.ShapeDtypeStruct((2, rows), jnp.int32)
-            function = functools.partial(window_loss, config)
+            function = functools.partial(window_loss, config, self._sizes.implementation)
             jobs["loss", rows] = (function, (1, 2), (self._weights, arena, _FLOAT, packed))
         return jobs
 
@@ -195,8 +200,31 @@ class Programs:
         return table
 
 
-def _compile(function: Callable[..., Any], donated: tuple[int, ...], args: tuple) -> Any:
-    return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+def _compile(
+    function: Callable[..., Any],
+    donated: tuple[int, ...],
+    args: tuple,
+    options: Mapping[str, str] = types.MappingProxyType({}),
+) -> Any:
+    lowered = jax.jit(function, donate_argnums=donated).lower(*args)
+    return lowered.compile(compiler_options=dict(options) or None)
+
+
+@functools.cache
+def _few_rows_options() -> dict[str, str]:
+    """Compiler options of programs with few rows.
+
+    XLA's CPU backend gives sums to a library by default, which takes longer for a row's attention
+    than all its matrix products do; here only the products go there.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    try:
+        jax.jit(lambda x: x + 1).lower(_FLOAT).compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError:  # a version of XLA that does not know the option
+        return {}
+    return options
 
 
 def scalar(value: int | float) -> np.generic:

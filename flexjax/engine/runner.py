@@ -25,7 +25,7 @@ from flexjax.engine.sizing import Sizing
 from flexjax.layout import Bucket
 from flexjax.lora.bank import init_bank, pad_lora
 from flexjax.model_config import ModelConfig
-from flexjax.models.weights import DecoderWeights
+from flexjax.models.weights import DecoderWeights, split_layers
 from flexjax.optim.adamw import Hyper, OptimizerState, StepStats, init_optimizer
 from flexjax.optim.sums import GradSums, zero_sums
 from flexjax.scheduler.latency import LatencyTable
@@ -94,7 +94,7 @@ class Runner:
         set_compile_cache(config.compile_cache_dir)
         self.model = model
         self.sizing = sizing
-        self.weights = weights
+        self.weights = split_layers(weights) if jax.default_backend() == "cpu" else weights
         self.bank = init_bank(model, config.max_adapters, config.max_lora_rank, sizing.dtype)
         self.state = EngineState(
             init_pool(model, sizing.num_pages, config.page_size, sizing.dtype),
@@ -112,7 +112,7 @@ class Runner:
         self._page_size = config.page_size
         self._jobs: dict[int, JobArrays] = {}
         self.programs = Programs(
-            model, sizing.step, weights, self.bank, self.state, sizing.max_context_len
+            model, sizing.step, self.weights, self.bank, self.state, sizing.max_context_len
         )
         self.buckets = sizing.ladder.all_buckets(finetuning=sizing.can_finetune)
         windows = sizing.ladder.window if sizing.can_finetune else ()

@@ -84,6 +84,7 @@ class Sizing:
             chunk_pages=4 * pages_per_seq + ladder.max_chunk,
             tile_pages=arena_pages,
             num_slots=config.max_adapters,
+            kernels=config.kernels,
         )
         acc_layers = model.num_layers if config.tile_order == "window_major" else ladder.tile_layers
         return cls(

@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexjax.lora.bank import AdapterBank, LoraTree
-from flexjax.models.layers import LayerWeights, Linear, product
-from pallas_kernels import grouped_lora
+from flexjax.models.layers import Kernel, LayerWeights, Linear, kernel_of, product
+from pallas_kernels import RowGroups, grouped_lora
 
 
 class AdapterRows(NamedTuple):
@@ -22,21 +22,29 @@ class AdapterRows(NamedTuple):
       slots: Slot of each row, -1 for the base model and for padding.
       active: The slots that occur, each once, -1 padding.
       num_active: How many occur.
+      groups: What kernels read of `slots`, worked out once for all linears; None for when needed.
     """
 
     slots: Int[Array, "T"]
     active: Int[Array, "A"]
     num_active: Int[Array, ""]
+    groups: RowGroups | None = None
 
 
 def bank_linear(
-    weights: LayerWeights, bank: AdapterBank, layer: Int[Array, ""], rows: AdapterRows
+    weights: LayerWeights,
+    bank: AdapterBank,
+    layer: Int[Array, ""],
+    rows: AdapterRows,
+    implementation: str | None = None,
 ) -> Linear:
     """Linears of one layer for rows with different adapters."""
+    options = {"groups": rows.groups, "implementation": implementation}
 
     def linear(name: str, x: Array) -> Array:
         acc = product(weights, name, x)
-        y = grouped_lora(x, acc, bank.a[name], bank.b[name], bank.scale, layer, *rows)
+        a, b = bank.a[name], bank.b[name]
+        y = grouped_lora(x, acc, a, b, bank.scale, layer, *rows[:3], **options)
         return y.astype(x.dtype)
 
     return linear
@@ -61,7 +69,7 @@ def tile_linear(
     """
 
     def linear(name: str, x: Array) -> Array:
-        kernel, bias = weights[f"{name}.kernel"], weights.get(f"{name}.bias")
+        kernel, bias = kernel_of(weights, name), weights.get(f"{name}.bias")
         return _adapted(x, lora.a[name], lora.b[name], kernel, bias, scale, kept.get(name))
 
     return linear
@@ -72,7 +80,7 @@ def _adapted(
     x: Array,
     a: Array,
     b: Array,
-    kernel: Array,
+    kernel: Kernel,
     bias: Array | None,
     scale: Array,
     kept: Array | None,
@@ -80,7 +88,7 @@ def _adapted(
     """Returns x W + bias + scale x A B in the dtype of x, or `kept`, which is that value."""
     if kept is not None:
         return kept
-    y = jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+    y = kernel.multiply(x)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None, :]
     bottleneck = jnp.dot(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * scale
@@ -99,13 +107,24 @@ def _contract(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     return lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
+def linear_gradients(
+    x: Float[Array, "W I"],
+    dy: Float[Array, "W O"],
+    a: Float[Array, "I R"],
+    b: Float[Array, "R O"],
+    scale: Float[Array, ""],
+) -> tuple[Float[Array, "W I"], Float[Array, "I R"], Float[Array, "R O"]]:
+    """Gradients of scale x A B at x, A and B, float32, for rows of one adapter."""
+    d_bottleneck = (_contract(dy, b.astype(dy.dtype), 1, 1) * scale).astype(x.dtype)
+    dx = _contract(d_bottleneck, a.astype(x.dtype), 1, 1)
+    bottleneck = (_contract(x, a.astype(x.dtype), 1, 0) * scale).astype(x.dtype)
+    return dx, _contract(x, d_bottleneck, 0, 0), _contract(bottleneck, dy, 0, 0)
+
+
 def _adapted_backward(residuals, dy):
     x, a, b, kernel, scale = residuals
-    d_bottleneck = (_contract(dy, b.astype(dy.dtype), 1, 1) * scale).astype(x.dtype)
-    dx = _contract(dy, kernel, 1, 1) + _contract(d_bottleneck, a.astype(x.dtype), 1, 1)
-    bottleneck = (_contract(x, a.astype(x.dtype), 1, 0) * scale).astype(x.dtype)
-    da = _contract(x, d_bottleneck, 0, 0)
-    db = _contract(bottleneck, dy, 0, 0)
+    dx, da, db = linear_gradients(x, dy, a, b, scale)
+    dx = dx + kernel.multiply_transposed(dy)
     return dx.astype(x.dtype), da, db, None, None, None, None
 
 

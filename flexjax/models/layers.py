@@ -7,7 +7,9 @@ decoding, rows with different adapters, and the backward pass with kept outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
+from pallas_kernels import stacked_matmul, stacked_matmul_transposed
 
 Linear = Callable[[str, Array], Array]
 """`linear(name, x[T, in]) -> [T, out]`, in the dtype of x."""
@@ -44,9 +47,78 @@ def rotary(
     return turned.astype(x.dtype)
 
 
+class StackedLayer(Mapping[str, Array]):
+    """One layer's arrays, read in place from the stacks of all layers.
+
+    XLA copies a layer's kernel out of its stack before a product reads it, which triples what a
+    step of few rows moves. Here products go to kernels that take the stack and the layer's index;
+    only the small arrays are sliced.
+    """
+
+    def __init__(
+        self,
+        stacks: Mapping[str, Float[Array, "L ..."]],
+        layer: Int[Array, ""],
+        implementation: str | None = None,
+    ):
+        self._stacks, self._layer, self._implementation = stacks, layer, implementation
+
+    def __getitem__(self, name: str) -> Array:
+        return lax.dynamic_index_in_dim(self._stacks[name], self._layer, keepdims=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stacks)
+
+    def __len__(self) -> int:
+        return len(self._stacks)
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel of a linear, in its stack."""
+        return Kernel(self._stacks[f"{name}.kernel"], self._layer, self._implementation)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The kernel of one linear.
+
+    Attributes:
+      array: [in, out], or the stack of all layers with their axis first.
+      layer: Layer to read of a stack, int32; None for a kernel of its own.
+      implementation: Of the products with a stack; static.
+    """
+
+    array: Any  # an array, but for what jax puts into a tree in its place
+    layer: Any = None
+    implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def multiply(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        """Returns X W, float32."""
+        if self.layer is None:
+            return jnp.dot(x, self.array, preferred_element_type=jnp.float32)
+        kernels = (self.array,)
+        return stacked_matmul(x, kernels, self.layer, implementation=self.implementation)[0]
+
+    def multiply_transposed(self, dy: Float[Array, "T O"]) -> Float[Array, "T I"]:
+        """Returns dY W^T, float32."""
+        if self.layer is None:
+            dims = (((1,), (1,)), ((), ()))
+            return lax.dot_general(dy, self.array, dims, preferred_element_type=jnp.float32)
+        return stacked_matmul_transposed(
+            (dy,), (self.array,), self.layer, implementation=self.implementation
+        )
+
+
+def kernel_of(weights: LayerWeights, name: str) -> Kernel:
+    """The kernel of a linear of one layer."""
+    if isinstance(weights, StackedLayer):
+        return weights.kernel(name)
+    return Kernel(weights[f"{name}.kernel"])
+
+
 def product(weights: LayerWeights, name: str, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
     """X W (+ bias), float32: what a linear yields before adapters and the cast to x's dtype."""
-    y = jnp.dot(x, weights[f"{name}.kernel"], preferred_element_type=jnp.float32)
+    y = kernel_of(weights, name).multiply(x)
     bias = weights.get(f"{name}.bias")
     return y if bias is None else y + bias.astype(jnp.float32)[None, :]
 
@@ -65,9 +137,22 @@ def pre_attention(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """First half of a layer: norm, q/k/v, head norms, rotary embedding."""
     h = rms_norm(x, weights["input_norm"], config.rms_norm_eps)
-    q = linear("q_proj", h).reshape(-1, config.num_heads, config.head_dim)
-    k = linear("k_proj", h).reshape(-1, config.num_kv_heads, config.head_dim)
-    v = linear("v_proj", h).reshape(-1, config.num_kv_heads, config.head_dim)
+    q, k, v = (linear(name, h) for name in ("q_proj", "k_proj", "v_proj"))
+    return split_heads(config, weights, q, k, v, positions)
+
+
+def split_heads(
+    config: ModelConfig,
+    weights: LayerWeights,
+    q: Float[Array, "T _"],
+    k: Float[Array, "T _"],
+    v: Float[Array, "T _"],
+    positions: Int[Array, "T"],
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """From the outputs of the q, k and v linears to heads: head norms, rotary embedding."""
+    q = q.reshape(-1, config.num_heads, config.head_dim)
+    k = k.reshape(-1, config.num_kv_heads, config.head_dim)
+    v = v.reshape(-1, config.num_kv_heads, config.head_dim)
     if config.qk_norm:
         q = rms_norm(q, weights["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, weights["k_norm"], config.rms_norm_eps)

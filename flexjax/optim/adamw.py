@@ -105,9 +105,9 @@ def optimizer_step(
       hyper: `Hyper.packed()`.
 
     Returns:
-      The new state, zero sums, the bank, and what the host reads. If the loss or a gradient is
-      not finite, state and bank are returned unchanged, so that a diverging job never reaches
-      the weights that rows of the step read.
+      The new state, zero sums, the bank, and what the host reads. If the loss, a gradient or a new
+      weight is not finite, state and bank are returned unchanged, so that a diverging job never
+      reaches the weights that rows of the step read.
     """
     rate, weight_decay, beta1, beta2, eps, max_norm, num_targets = hyper
     grads = jax.tree.map(lambda g: g / num_targets, total.lora)
@@ -123,6 +123,8 @@ def optimizer_step(
 
     master = jax.tree.map(apply, state.master, updates)
     is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    for weight in jax.tree.leaves(master):
+        is_finite &= jnp.isfinite(weight).all()
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(is_finite, new, old)

@@ -258,7 +258,7 @@ def test_a_diverging_job_harms_nobody(world, rate):
     assert job.status == "failed"
     event = job.events[-1]
     assert event.level == "error" and "not finite at step" in event.message
-    with pytest.raises(JobStateError, match="failed: loss or gradient is not finite"):
+    with pytest.raises(JobStateError, match="failed: loss, gradient or new weights are not"):
         job.wait()
     assert [info.name for info in engine.adapters()] == ["a"]
     for index, output in enumerate(outputs):
