@@ -74,11 +74,12 @@ def triton_kernel_call(
     _match_ptx_version()
     import jax_triton
 
+    programs: Any = grid
     return jax_triton.triton_call(
         *inputs,
         kernel=kernel,
         out_shape=list(out_shapes),
-        grid=grid,
+        grid=programs,
         name=name,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -140,7 +141,7 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
+    builder: Any = interpreter.interpreter_builder
     cast, create_dot = builder.cast_impl, builder.create_dot
 
     def cast_rounding(source, dtype):

@@ -64,8 +64,14 @@ def run(config, weights, adapter_dir, prompts, rows, **options):
     return [output.result() for output in outputs], recorder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+# One family in every run; the others, minutes each, with -m gate.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case == "llama" else pytest.mark.gate)
+        for case in CASES
+    ],
+)
 def test_kernels_change_nothing(case, interpreted, rng, tmp_path):
     family, options, kernels = CASES[case]
     config = tiny_config(family, num_layers=2)

@@ -100,7 +100,7 @@ def test_arrays_have_the_declared_shapes(case):
     # Cases in which no row has work to do are the only ones that count no operations.
     is_idle = case.name == "ragged_padding_only" or case.name.startswith("none_")
     assert (case.flops() == 0) == is_idle
-    assert case.bytes() > 0
+    assert case.bytes() > 0 or is_idle
 
 
 def copying_loop(x, out):
