@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexjax.slo import resolve_slo
+
 LORA_TARGETS = (
     "q_proj",
     "k_proj",
@@ -204,16 +206,23 @@ class EngineConfig:
       saved_activations: What the forward pass keeps for the backward pass, beside keys and values:
         "inputs" (layer inputs; the rest is recomputed), or "full" (whatever the backward pass
         reads; no matrix product is repeated).
+      policy: How requests and jobs share the steps: "co_serve" (finetuning takes what the tightest
+        latency target leaves free), or, for comparison, "temporal:STEPS", "dynamic_temporal",
+        "spatial:SHARE", "inference_only" or "finetune_only"; see `flexjax.scheduler.policy`.
+      slo_class: Latency targets of requests that bring none: "interactive" (5 s to the first
+        token, 75 ms a token) or "batch" (none).
       finetune_token_budget: Finetuning rows per step, forward and backward together, while
-        requests are alive; None for the largest bucket.
+        requests are alive; None for the largest bucket. With `policy`="co_serve" only.
       step_time_budget_ms: While requests are alive, finetuning is taken only as far as steps are
-        expected to stay below this; None for no limit.
+        expected to stay below this; None for no limit but the requests' own. With
+        `policy`="co_serve" only.
       kernels: "reference" (plain jnp), "pallas_triton" (one Triton kernel per op), or "fused" (the
         attention of forward rows and of the backward tile in one launch, and so their matrix
         products where they meet); None for whatever can run on the device. A named one never
         falls back: Triton kernels need an NVIDIA GPU.
       deterministic_finetuning: Whether finetuning forward rows run in steps without other forward
-        rows, so that the trained bits do not depend on the inference load.
+        rows, so that the trained bits do not depend on the inference load. Such steps are as large
+        as they would be without requests, whatever latency targets leave free.
       compile_cache_dir: Where compiled programs are kept between runs; None for
         `$FLEXJAX_CACHE_DIR` or `~/.cache/flexjax`. "" turns the cache off.
       seed: Seed of random weights (built-in architectures).
@@ -234,6 +243,8 @@ class EngineConfig:
     tile_layers: int | None = None
     tile_order: str = "window_major"
     saved_activations: str = "full"
+    policy: str = "co_serve"
+    slo_class: str = "interactive"
     finetune_token_budget: int | None = None
     step_time_budget_ms: float | None = None
     kernels: str | None = None
@@ -257,6 +268,10 @@ class EngineConfig:
             _require_int("tile_layers", self.tile_layers, 1)
         if self.step_time_budget_ms is not None:
             _require_number("step_time_budget_ms", self.step_time_budget_ms, 0.0)
+        for name in ("finetune_token_budget", "step_time_budget_ms"):
+            is_co_serve = self.policy == "co_serve" or getattr(self, name) is None
+            _require(is_co_serve, name, "None unless `policy` is 'co_serve'", getattr(self, name))
+        resolve_slo(None, self.slo_class)
         for name in ("decode_buckets", "chunk_buckets", "window_buckets"):
             self._check_buckets(name)
         orders = ("window_major", "layer_major")

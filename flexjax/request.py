@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 from flexjax.config import SamplingParams
+from flexjax.slo import NO_SLO, SLO
 
 
 class FinishReason(enum.StrEnum):
@@ -113,6 +114,7 @@ class GenerationRequest:
       arrival_s: Monotonic clock at arrival.
       eos_token_ids: Tokens that end this generation.
       seed: Seed of its draws.
+      slo: Its latency targets.
     """
 
     request_id: int
@@ -122,3 +124,4 @@ class GenerationRequest:
     arrival_s: float
     eos_token_ids: frozenset[int]
     seed: int
+    slo: SLO = NO_SLO

@@ -199,6 +199,7 @@ def make_engine(config: ModelConfig, weights: DecoderWeights, **options) -> Engi
         "decode_buckets": (4,),
         "chunk_buckets": (16,),
         "window_buckets": (16,),
+        "slo_class": "batch",  # no targets: how much is mixed does not depend on the machine
     }
     engine_config = EngineConfig(**{**defaults, **options})
     return Engine(config, weights, word_tokenizer(config.vocab_size), engine_config)

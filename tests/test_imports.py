@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 BASE = {"axes", "errors", "config", "model_config", "builtin_models", "request", "layout", "data"}
-HOST = {"scheduler", "metrics", "workload"}
+BASE |= {"slo"}
+HOST = {"scheduler", "metrics", "workload", "simulator"}
 # Who may import whom inside flexjax, beside itself and BASE. A package that is not listed here
 # fails the test: place it first.
 ALLOWED: dict[str, set[str]] = {
@@ -26,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "scheduler": {"optim.schedule"},
     "metrics": set(),
     "workload": set(),
+    "simulator": {"scheduler", "workload", "metrics"},
     "memory": set(),
     "parallel": {"models", "lora", "cache"},
     "io": {"models", "lora"},
@@ -102,6 +104,10 @@ def run_python(code):
         "flexjax.layout",
         "flexjax.scheduler.scheduler",
         "flexjax.scheduler.training",
+        "flexjax.scheduler.latency_model",
+        "flexjax.workload",
+        "flexjax.metrics",
+        "flexjax.simulator",
         "flexjax.optim.schedule",
         "flexjax.engine.sizing",
     ],

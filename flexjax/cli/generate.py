@@ -93,7 +93,7 @@ def _print_answer(engine: Engine, prompt: str, output: RequestOutput) -> None:
     sys.stdout.write(f"> {prompt}\n")
     while True:
         try:
-            piece = output.pieces.get_nowait()
+            piece = output.next_piece()
         except queue.Empty:
             sys.stdout.flush()
             _step(engine)

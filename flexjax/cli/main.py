@@ -1,4 +1,4 @@
-"""The command line: `flexjax generate`, `finetune`, `coserve`, `compile`.
+"""The command line: `flexjax generate`, `finetune`, `coserve`, `compile`, `profile`, `bench`.
 
 Exit status: 0 on success; 2 for arguments or input that cannot be used, with the reason as one line
 on standard error; 1 for anything else; 130 after Ctrl-C. A command's module, and with it jax, is
@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 
+from flexjax.cli.bench_options import BenchOptions, ProfileOptions
 from flexjax.cli.options import (
     CompileOptions,
     CoserveOptions,
@@ -28,7 +29,10 @@ from flexjax.errors import EngineDeadError, FlexJaxError, JobStateError
 UsageError: Any = typer.BadParameter.__bases__[0]
 """What typer raises for arguments that it cannot use; lives in click or typer by version."""
 
-_LIST_OPTIONS = ("--prompt", "--stop", "--target-modules")
+_LIST_OPTIONS = (
+    *("--prompt", "--stop", "--target-modules", "--rates", "--policies", "--contexts"),
+    *("--decode-buckets", "--chunk-buckets", "--window-buckets"),
+)
 
 app = typer.Typer(
     name="flexjax",
@@ -78,6 +82,18 @@ _command(
     "kernels, copies, and the least time that a step can take.",
 )
 
+_command(
+    "profile",
+    ProfileOptions,
+    "Measure what every step costs on this device, and save it for the latency model.",
+)
+_command(
+    "bench",
+    BenchOptions,
+    "Compare ways to share the device between requests and finetuning: every policy answers the "
+    "same requests at several rates, on one engine; then show who is in time, and what is trained.",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
@@ -112,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def expand_lists(arguments: Sequence[str]) -> list[str]:
-    """Lets `--prompt A B` mean `--prompt A --prompt B`; the same for stops and target modules."""
+    """Lets `--prompt A B` mean `--prompt A --prompt B`; the same for other lists."""
     expanded: list[str] = []
     name = ""
     is_value = False

@@ -307,6 +307,22 @@ class CoserveOptions(TrainingOptions, SamplingOptions, PromptOptions, ModelOptio
             f"({_NO_LIMIT})",
         ),
     ] = EngineConfig.step_time_budget_ms
+    slo: Annotated[
+        str,
+        _option(
+            _ENGINE,
+            "Latency targets of the requests: interactive (5 s to the first token, 75 ms a token) "
+            "or batch (none)",
+        ),
+    ] = EngineConfig.slo_class
+    policy: Annotated[
+        str,
+        _option(
+            _ENGINE,
+            "How requests and finetuning share the steps: co_serve, temporal:STEPS, "
+            "dynamic_temporal or spatial:SHARE",
+        ),
+    ] = EngineConfig.policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

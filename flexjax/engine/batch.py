@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flexjax.engine.sizing import Sizing
 from flexjax.layout import (
     SAMPLE_FLOATS,
     WANTS_LOGPROBS,
@@ -13,6 +14,7 @@ from flexjax.layout import (
     new_batch,
     sample_fields,
     step_fields,
+    unpack,
 )
 from flexjax.scheduler.plan import BackwardTile, ForwardPiece, LossWindow, PrefillChunk, StepPlan
 from flexjax.scheduler.sequence import Sequence
@@ -47,21 +49,61 @@ def build_idle_step(bucket: Bucket, sizes: StepSizes) -> np.ndarray:
     return packed
 
 
+def build_full_step(
+    bucket: Bucket, sizing: Sizing, context: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """A batch that reads `context` tokens for each row of one kind, and changes nothing.
+
+    To measure what reading keys and values costs. Chunk rows and the tile's are of one sequence.
+
+    Args:
+      bucket: With rows of one kind.
+      sizing: The engine's.
+      context: Tokens; at most the engine's context.
+
+    Returns:
+      The packed batch, and the counts of `StepFeatures` that it has.
+    """
+    packed, size = build_idle_step(bucket, sizing.step), sizing.page_size
+    fields = unpack(packed, step_fields(bucket, sizing.step))
+    pages = np.arange(-(-context // size)) % sizing.num_pages
+    if bucket.decode:
+        fields["positions"][:] = context - 1
+        fields["decode_pages"][:, : len(pages)] = pages
+        return packed, {"decode_kv_tokens": bucket.decode * context}
+    rows = min(bucket.chunk + bucket.window, context)
+    positions = np.arange(context - rows, context)
+    kind = "chunk" if bucket.chunk else "tile"
+    fields[f"{kind}_pages"][: len(pages)] = pages
+    fields[f"{kind}_page_segments"][: len(pages)] = 0
+    fields[f"{kind}_page_starts"][: len(pages)] = np.arange(len(pages)) * size
+    fields[f"num_{kind}_pages"][...] = len(pages)
+    fields[f"{kind}_segments"][:rows] = 0
+    fields["positions" if bucket.chunk else "tile_positions"][:rows] = positions
+    pairs = int((positions + 1).sum())
+    if bucket.chunk:
+        return packed, {"chunk_kv_pairs": pairs}
+    return packed, {"tile_kv_pairs": pairs * bucket.tile_layers}
+
+
 def _fill_decode(plan: StepPlan, fields: dict[str, np.ndarray], page_size: int) -> None:
-    for row, decode in enumerate(plan.decode):
-        sequence, position = decode.sequence, decode.position
-        if decode.is_fed:
-            fields["feed_slots"][row] = sequence.slot
-            fields["tokens"][row] = 0
-        else:
-            fields["tokens"][row] = sequence.tokens[position]
-        pages = sequence.pages
-        fields["positions"][row] = position
-        fields["kv_slots"][row] = pages[position // page_size] * page_size + position % page_size
-        fields["adapter_slots"][row] = sequence.request.adapter_slot
-        fields["sample_slots"][row] = sequence.slot
-        count = position // page_size + 1
-        fields["decode_pages"][row, :count] = pages[:count]
+    rows = len(plan.decode)
+    if not rows:
+        return
+    assert plan.slot_pages is not None
+    positions = np.array([row.position for row in plan.decode], np.int32)
+    slots = np.array([row.sequence.slot for row in plan.decode], np.int32)
+    is_fed = np.array([row.is_fed for row in plan.decode])
+    tokens = [0 if row.is_fed else row.sequence.tokens[row.position] for row in plan.decode]
+    pages = plan.slot_pages[slots]
+    at = np.arange(rows), positions // page_size
+    fields["tokens"][:rows] = tokens
+    fields["feed_slots"][:rows] = np.where(is_fed, slots, -1)
+    fields["positions"][:rows] = positions
+    fields["kv_slots"][:rows] = pages[at] * page_size + positions % page_size
+    fields["adapter_slots"][:rows] = [row.sequence.request.adapter_slot for row in plan.decode]
+    fields["sample_slots"][:rows] = slots
+    fields["decode_pages"][:rows] = pages
 
 
 class _ChunkFiller:
@@ -177,13 +219,27 @@ def build_samples(sequences: list[Sequence], rows: int) -> tuple[np.ndarray, np.
     packed, fields = new_batch(sample_fields(rows))
     floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
     floats[1] = 1.0
-    for row, sequence in enumerate(sequences):
-        params = sequence.request.params
-        fields["slots"][row] = sequence.slot
-        fields["top_k"][row] = min(params.top_k, 2**31 - 1)
-        fields["seeds"][row] = sequence.request.seed
-        fields["output_index"][row] = sequence.num_sampled - 1
-        wants = WANTS_LOGPROBS if params.logprobs is not None else 0
-        fields["wants"][row] = wants | (WANTS_PENALTIES if params.has_penalties else 0)
-        floats[:, row] = [getattr(params, name) for name in SAMPLE_FLOATS]
+    count = len(sequences)
+    if not count:
+        return packed, floats
+    settings = [_sample_settings(sequence) for sequence in sequences]
+    integers, numbers = zip(*settings, strict=True)
+    fields["slots"][:count] = [sequence.slot for sequence in sequences]
+    fields["output_index"][:count] = [sequence.num_sampled - 1 for sequence in sequences]
+    columns = np.array(integers, np.int32).T
+    for name, values in zip(("top_k", "seeds", "wants"), columns, strict=True):
+        fields[name][:count] = values
+    floats[:, :count] = np.array(numbers, np.float32).T
     return packed, floats
+
+
+def _sample_settings(sequence: Sequence) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """A request's constant integers and floats, worked out once."""
+    if sequence.sample_settings is None:
+        params = sequence.request.params
+        wants = WANTS_LOGPROBS if params.logprobs is not None else 0
+        wants |= WANTS_PENALTIES if params.has_penalties else 0
+        integers = (min(params.top_k, 2**31 - 1), sequence.request.seed, wants)
+        floats = tuple(float(getattr(params, name)) for name in SAMPLE_FLOATS)
+        sequence.sample_settings = (integers, floats)
+    return sequence.sample_settings

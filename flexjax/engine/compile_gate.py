@@ -96,6 +96,8 @@ def device_config(model: ModelConfig, device: str, **fields: Any) -> EngineConfi
         "dtype": "bfloat16",
         "max_context_len": min(_CONTEXT, model.max_position),
         "max_running": _MAX_RUNNING,
+        # Products of up to 64 rows take a GPU the time that reading the weights takes.
+        "decode_buckets": _decode_buckets(fields.get("max_running", _MAX_RUNNING)),
         "chunk_buckets": (128, 512),
         "window_buckets": (512,),
     }
@@ -118,6 +120,11 @@ def device_config(model: ModelConfig, device: str, **fields: Any) -> EngineConfi
             f"{sizing.max_context_len} tokens it lacks {-room / 2**30:.1f} GiB."
         )
     return dataclasses.replace(config, num_pages=min(num_pages, sizing.num_pages))
+
+
+def _decode_buckets(max_running: int) -> tuple[int, ...]:
+    sizes = (8, 64, 256)
+    return (*(size for size in sizes if size < max_running), max_running)
 
 
 def abstract_arguments(

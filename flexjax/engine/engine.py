@@ -21,7 +21,8 @@ from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
 from flexjax.engine.job import Job, JobStatus
 from flexjax.engine.jobs import JobManager, check_rank
 from flexjax.engine.loop import EngineLoop
-from flexjax.engine.output import RequestOutput, SampledToken
+from flexjax.engine.output import RequestOutput
+from flexjax.engine.profiling import Profiler
 from flexjax.engine.prompts import Prompt, encode_prompt, is_list, is_single
 from flexjax.engine.runner import Handle, Runner
 from flexjax.engine.sizing import Sizing
@@ -38,11 +39,15 @@ from flexjax.model_config import ModelConfig, load_model_config
 from flexjax.models.weights import DecoderWeights, random_weights
 from flexjax.request import GenerationOutput, GenerationRequest, StreamPiece, TokenLogprobs
 from flexjax.scheduler.adapter_slots import AdapterInfo, AdapterSlots
-from flexjax.scheduler.budget import BudgetPolicy, FixedBudget
-from flexjax.scheduler.latency import LatencyTable
+from flexjax.scheduler.features import StepFeatures
+from flexjax.scheduler.latency_model import LatencyModel
+from flexjax.scheduler.latency_profile import LatencyProfile
 from flexjax.scheduler.page_allocator import PageAllocator
+from flexjax.scheduler.plan import StepPlan
+from flexjax.scheduler.policy import CoServe, SharingPolicy, make_policy
 from flexjax.scheduler.scheduler import Scheduler
 from flexjax.scheduler.sequence import SequenceStatus
+from flexjax.slo import SLO, resolve_slo
 
 
 @dataclasses.dataclass
@@ -74,12 +79,42 @@ class EngineStats:
     num_waiting: int = 0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One step as the host saw it.
+
+    Attributes:
+      plan: What it held.
+      features: What its time depends on.
+      begin_s: Clock when the device could begin: launched, and the step before done.
+      end_s: Clock when the host saw that it was done.
+      predicted_ms: Expected milliseconds, before the step was measured.
+      schedule_ms: Milliseconds that planning took.
+      host_ms: Milliseconds of the host's work in the iteration that launched the step: planning,
+        batch building, dispatch, and taking in the results of the step before, without waiting.
+      idle_ms: Milliseconds that the device may have waited for the host: 0 if the step before was
+        still running when this one was launched, else the time since the host began to plan it.
+    """
+
+    plan: StepPlan
+    features: StepFeatures
+    begin_s: float
+    end_s: float
+    predicted_ms: float
+    schedule_ms: float
+    host_ms: float
+    idle_ms: float
+
+
 class Engine(EngineLoop):
     """Serves requests and finetunes adapters in the same steps.
 
     Used as a context manager, a thread runs the loop; otherwise `step` runs one iteration, and
     calls that wait (`generate`, `stream`, `Job.wait`) drive it themselves. Methods may be called
     from any thread.
+
+    Attributes:
+      on_step: Called, if set, with each step once its results have been read; for benchmarks.
     """
 
     def __init__(
@@ -90,7 +125,8 @@ class Engine(EngineLoop):
         config: EngineConfig | None = None,
         *,
         model_name: str | None = None,
-        policy: BudgetPolicy | None = None,
+        policy: SharingPolicy | None = None,
+        profile: LatencyProfile | None = None,
         progress: Callable[[int, int], None] | None = None,
     ):
         """Starts an engine: sizes memory, compiles every program, measures every bucket.
@@ -101,17 +137,24 @@ class Engine(EngineLoop):
           tokenizer: For text prompts and datasets; None where only token ids are used.
           config: Sizes and choices; None for the defaults.
           model_name: Name that saved adapters give for their base.
-          policy: How much finetuning an iteration may hold; None for the configured budgets.
+          policy: How requests and jobs share the steps; None for the configured one.
+          profile: How long steps take, as `flexjax profile` measured it on such a device with such
+            sizes; None to measure it now, more roughly.
           progress: Called with (done, total) while programs compile.
+
+        Raises:
+          ValueError: If `profile` lacks a bucket of this engine, or the policy is not known.
         """
         super().__init__()
         config = config or EngineConfig()
+        policy = policy or _policy(config)
         sizing = Sizing.derive(model, config, jax.default_backend())
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
         self._stats = EngineStats()
-        self.latency = LatencyTable()
+        self.latency = _latency(profile, sizing)
+        self.on_step: Callable[[StepEvent], None] | None = None
         self._model_name = model_name
         self._runner = Runner(model, weights, config, sizing, progress=progress)
         self._scheduler = Scheduler(
@@ -119,7 +162,7 @@ class Engine(EngineLoop):
             sizes=sizing.step,
             pages=PageAllocator(sizing.num_pages, config.page_size),
             arena=PageAllocator(sizing.arena_pages, config.page_size),
-            policy=policy or FixedBudget(config.finetune_token_budget, config.step_time_budget_ms),
+            policy=policy,
             latency=self.latency,
             max_running=config.max_running,
             max_context_len=sizing.max_context_len,
@@ -133,7 +176,8 @@ class Engine(EngineLoop):
         self._next_id = 0
         self._in_flight: Handle | None = None
         self._last_done_s = 0.0
-        self._runner.measure_buckets(self.latency)
+        if profile is None:
+            self.latency.fit(Profiler(self._runner).measure())
 
     @classmethod
     def from_pretrained(
@@ -141,7 +185,8 @@ class Engine(EngineLoop):
         model_dir: str | Path,
         config: EngineConfig | None = None,
         *,
-        policy: BudgetPolicy | None = None,
+        policy: SharingPolicy | None = None,
+        profile: LatencyProfile | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Engine:
         """Starts an engine on a Hugging Face directory, or on a built-in architecture.
@@ -151,6 +196,7 @@ class Engine(EngineLoop):
             `BUILTIN_MODELS`, which gets random weights and takes token ids only.
           config: Sizes and choices; None for the defaults.
           policy: See `Engine`.
+          profile: See `Engine`.
           progress: Called with (done, total) while programs compile.
 
         Raises:
@@ -172,8 +218,20 @@ class Engine(EngineLoop):
             weights = load_weights(model_dir, model, dtype)
         name = str(model_dir)
         return cls(
-            model, weights, tokenizer, config, model_name=name, policy=policy, progress=progress
+            model,
+            weights,
+            tokenizer,
+            config,
+            model_name=name,
+            policy=policy,
+            profile=profile,
+            progress=progress,
         )
+
+    def set_policy(self, policy: SharingPolicy) -> None:
+        """Changes how requests and jobs share the steps, from the next step on."""
+        with self.exclusive():
+            self._scheduler.policy = policy
 
     # Adapters.
 
@@ -236,7 +294,12 @@ class Engine(EngineLoop):
     # Requests.
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        slo: SLO | str | None = None,
     ) -> RequestOutput:
         """Queues a request.
 
@@ -244,17 +307,20 @@ class Engine(EngineLoop):
           prompt: Text, token ids or chat messages.
           params: How to sample; None for the defaults.
           adapter: Name of a loaded adapter, or None for the base model.
+          slo: Latency targets, or the name of a class of them ("interactive", "batch"); None for
+            the configured class.
 
         Returns:
           The request's output, which fills while the engine runs.
 
         Raises:
-          ValueError: If the prompt is empty or holds an unknown token.
+          ValueError: If the prompt is empty or holds an unknown token, or the class is not known.
           CapacityError: If the prompt leaves no room for a token.
           AdapterNotFoundError: If the adapter is not loaded.
         """
         arrival_s = time.perf_counter()
         params = params or SamplingParams()
+        targets = resolve_slo(slo, self.config.slo_class)
         tokens = encode_prompt(prompt, self.tokenizer, self.model.vocab_size)
         limit = self._runner.sizing.max_context_len
         if len(tokens) >= limit:
@@ -267,7 +333,7 @@ class Engine(EngineLoop):
             if adapter is not None:
                 slot = self._slots.slot_of(adapter)
                 version = self._slots.info(adapter).version
-            request = self._make_request(tokens, params, slot, arrival_s)
+            request = self._make_request(tokens, params, slot, arrival_s, targets)
             self._slots.hold(slot)
             output = RequestOutput(
                 self._scheduler.add(request),
@@ -281,7 +347,7 @@ class Engine(EngineLoop):
         return output
 
     def _make_request(
-        self, tokens: list[int], params: SamplingParams, slot: int, arrival_s: float
+        self, tokens: list[int], params: SamplingParams, slot: int, arrival_s: float, slo: SLO
     ) -> GenerationRequest:
         request_id, self._next_id = self._next_id, self._next_id + 1
         eos = set(self.model.eos_token_ids)
@@ -295,6 +361,7 @@ class Engine(EngineLoop):
             arrival_s=arrival_s,
             eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos),
             seed=request_id if params.seed is None else params.seed,
+            slo=slo,
         )
 
     def abort(self, output: RequestOutput) -> None:
@@ -381,7 +448,7 @@ class Engine(EngineLoop):
     def _next_piece(self, output: RequestOutput) -> StreamPiece | BaseException:
         while True:
             with contextlib.suppress(queue.Empty):
-                return output.pieces.get(timeout=0.05 if self._thread is not None else 0.0)
+                return output.next_piece(timeout=0.05 if self._thread is not None else 0.0)
             if self._thread is None:
                 self.step()
 
@@ -411,16 +478,35 @@ class Engine(EngineLoop):
     # The iteration.
 
     def _step(self) -> bool:
-        plan = self._scheduler.schedule()
+        previous = self._in_flight
+        now_s = time.perf_counter()
+        plan = self._scheduler.schedule(now_s, self._expected_end_s())
+        planned_s = time.perf_counter()
         handle = None
         if not plan.is_empty:
+            was_done = previous is not None and previous.is_done
             handle = self._runner.launch(plan)
+            launched_s = time.perf_counter()
+            handle.schedule_ms = 1e3 * (planned_s - now_s)
+            if previous is not None and previous.is_done:
+                handle.idle_ms = 1e3 * (launched_s - (now_s if was_done else planned_s))
             self._jobs.note_launch(handle)
             self._count(handle)
-        previous, self._in_flight = self._in_flight, handle
+            handle.host_ms = 1e3 * (time.perf_counter() - now_s)
+        self._in_flight = handle
         if previous is not None:
-            self._process(previous)
+            took_ms = self._process(previous)
+            if handle is not None:
+                handle.host_ms += took_ms
         return handle is not None or previous is not None
+
+    def _expected_end_s(self) -> float | None:
+        """When the step on the device is expected to be done."""
+        handle = self._in_flight
+        if handle is None:
+            return None
+        began_s = max(handle.launched_s, self._last_done_s)
+        return began_s + self.latency.predict(handle.features) / 1e3
 
     def _count(self, handle: Handle) -> None:
         stats, plan = self._stats, handle.plan
@@ -431,13 +517,19 @@ class Engine(EngineLoop):
         stats.finetune_forward_tokens += sum(piece.length for piece in plan.forward)
         stats.finetune_backward_tokens += plan.tile.length if plan.tile else 0
 
-    def _process(self, handle: Handle) -> None:
-        """Reads a step's results; blocks until the device has them."""
+    def _process(self, handle: Handle) -> float:
+        """Reads a step's results; blocks until the device has them.
+
+        Returns:
+          Milliseconds of work, without the waiting.
+        """
         handle.wait()
         now_s = time.perf_counter()
+        begin_s = max(handle.launched_s, self._last_done_s)
         if handle.bucket is not None:
-            started = max(handle.launched_s, self._last_done_s)
-            self.latency.observe(handle.bucket, 1e3 * (now_s - started))
+            if self.on_step is not None:
+                self._tell(handle, begin_s, now_s)
+            self.latency.observe(handle.features, 1e3 * (now_s - begin_s))
         self._last_done_s = now_s
         if handle.sampled is not None:
             self._take_tokens(handle, now_s)
@@ -445,23 +537,39 @@ class Engine(EngineLoop):
             self._stats.trained_tokens += step.num_tokens
             self._stats.trained_target_tokens += step.num_targets
         self._jobs.take_results(handle, now_s)
+        return 1e3 * (time.perf_counter() - now_s)
+
+    def _tell(self, handle: Handle, begin_s: float, end_s: float) -> None:
+        assert self.on_step is not None
+        event = StepEvent(
+            plan=handle.plan,
+            features=handle.features,
+            begin_s=begin_s,
+            end_s=end_s,
+            predicted_ms=self.latency.predict(handle.features),
+            schedule_ms=handle.schedule_ms,
+            host_ms=handle.host_ms,
+            idle_ms=handle.idle_ms,
+        )
+        self.on_step(event)
 
     def _take_tokens(self, handle: Handle, now_s: float) -> None:
         assert handle.sampled is not None
-        tokens = np.asarray(handle.sampled.tokens)
+        tokens = np.asarray(handle.sampled.tokens).tolist()
         samples = handle.plan.samples
-        wants = [s.request.params.logprobs is not None for s in samples]
-        logprobs = _read_logprobs(handle, tokens) if any(wants) else None
-        for row, sequence in enumerate(samples):
+        logprobs = None
+        if any(s.request.params.logprobs is not None for s in samples):
+            logprobs = _read_logprobs(handle, tokens)
+        record_token, outputs = self._scheduler.record_token, self._outputs
+        for sequence, token, row in zip(samples, tokens, range(len(samples)), strict=False):
             if sequence.status is SequenceStatus.FINISHED:
                 continue  # ended by the token before; this row was launched ahead of it
-            self._scheduler.record_token(sequence, int(tokens[row]))
+            record_token(sequence, token, now_s)
             self._stats.generated_tokens += 1
-            output = self._outputs[sequence.request.request_id]
-            logprob = None
-            if logprobs is not None and wants[row]:
-                logprob = logprobs(row, sequence.request.params.logprobs or 0)
-            if output.push(SampledToken(int(tokens[row]), logprob), now_s) is not None:
+            output = outputs[sequence.request.request_id]
+            wanted = sequence.request.params.logprobs
+            logprob = logprobs(row, wanted) if logprobs and wanted is not None else None
+            if output.push(token, logprob, now_s) is not None:
                 self._end_request(output)
 
     def stats(self) -> EngineStats:
@@ -494,7 +602,23 @@ class Engine(EngineLoop):
             output.fail(error)
 
 
-def _read_logprobs(handle: Handle, tokens: np.ndarray) -> Callable[[int, int], TokenLogprobs]:
+def _latency(profile: LatencyProfile | None, sizing: Sizing) -> LatencyModel:
+    if profile is None:
+        return LatencyModel()
+    model = LatencyModel.from_profile(profile)
+    missing = model.missing(sizing.ladder.all_buckets(finetuning=sizing.can_finetune))
+    if missing:
+        raise ValueError(f"`profile` must cover every bucket; it cannot predict {missing[0]}.")
+    return model
+
+
+def _policy(config: EngineConfig) -> SharingPolicy:
+    if config.policy == "co_serve":
+        return CoServe(config.finetune_token_budget, config.step_time_budget_ms)
+    return make_policy(config.policy, full_load=config.max_running)
+
+
+def _read_logprobs(handle: Handle, tokens: list[int]) -> Callable[[int, int], TokenLogprobs]:
     """Reads a step's log probabilities; returns a lookup by row and number of alternatives."""
     assert handle.sampled is not None
     chosen, ids, values = (np.asarray(array) for array in handle.sampled[1:])
@@ -502,6 +626,6 @@ def _read_logprobs(handle: Handle, tokens: np.ndarray) -> Callable[[int, int], T
     def lookup(row: int, count: int) -> TokenLogprobs:
         pairs = zip(ids[row, :count], values[row, :count], strict=True)
         top = tuple((int(i), float(v)) for i, v in pairs if i >= 0)
-        return TokenLogprobs(int(tokens[row]), float(chosen[row]), top)
+        return TokenLogprobs(tokens[row], float(chosen[row]), top)
 
     return lookup

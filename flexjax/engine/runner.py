@@ -10,7 +10,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import numpy as np
 from flexjax.autodiff.arena import init_arena
 from flexjax.cache.pages import init_pool
 from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig
-from flexjax.engine.batch import build_idle_step, build_loss, build_samples, build_step
+from flexjax.engine.batch import build_loss, build_samples, build_step
 from flexjax.engine.programs import Programs, scalar, set_compile_cache
 from flexjax.engine.sizing import Sizing
 from flexjax.layout import Bucket
@@ -28,7 +27,7 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights, split_layers
 from flexjax.optim.adamw import Hyper, OptimizerState, StepStats, init_optimizer
 from flexjax.optim.sums import GradSums, zero_sums
-from flexjax.scheduler.latency import LatencyTable
+from flexjax.scheduler.features import StepFeatures, features_of
 from flexjax.scheduler.plan import Discard, EvalResult, LossWindow, OptimizerStep, StepPlan
 from flexjax.scheduler.sequence import Sequence
 from flexjax.step.sampling import SampleOutput
@@ -59,20 +58,34 @@ class Handle:
     Attributes:
       plan: What it holds.
       bucket: Shape it ran in; None if it had no rows.
+      features: What its time depends on.
       done: Device scalar that is ready when the step is; None if it had no rows.
       sampled: Device arrays of the sampled tokens, None without samples.
       optimizer_stats: Device statistics of each optimizer step of the plan.
       eval_losses: Device loss sums of each evaluation that ended.
       launched_s: Clock at launch.
+      schedule_ms: Milliseconds that planning took.
+      host_ms: Milliseconds of all the host's work in the iteration, without waiting.
+      idle_ms: Milliseconds that the device may have waited for this step.
     """
 
     plan: StepPlan
     bucket: Bucket | None
+    features: StepFeatures
     done: jax.Array | None
     sampled: SampleOutput | None
     optimizer_stats: list[tuple[OptimizerStep, StepStats]]
     eval_losses: list[tuple[EvalResult, jax.Array]]
     launched_s: float
+    schedule_ms: float = 0.0
+    host_ms: float = 0.0
+    idle_ms: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the device has finished the step."""
+        arrays = [a for a in (self.done, self.sampled and self.sampled.tokens) if a is not None]
+        return all(array.is_ready() for array in arrays)  # type: ignore[attr-defined]
 
     def wait(self) -> None:
         """Blocks until the device has finished the step."""
@@ -108,7 +121,7 @@ class Runner:
             ),
             init_sample_state(model, config.max_running, sizing.dtype),
         )
-        self._max_rank = config.max_lora_rank
+        self.max_rank = config.max_lora_rank
         self._page_size = config.page_size
         self._jobs: dict[int, JobArrays] = {}
         self.programs = Programs(
@@ -124,7 +137,7 @@ class Runner:
         self, slot: int, lora: LoraConfig, arrays: Mapping[str, Mapping[str, np.ndarray]]
     ) -> None:
         """Stores an adapter in a slot."""
-        tree = pad_lora(self.model, arrays, self._max_rank)
+        tree = pad_lora(self.model, arrays, self.max_rank)
         write = self.programs["write_slot",]
         self.bank = write(self.bank, scalar(slot), tree, np.float32(lora.scale))
 
@@ -151,11 +164,11 @@ class Runner:
     ) -> None:
         """Gives a job its master weights, moments and sums, and fills its working slot."""
         self.write_adapter(slot, lora, arrays)
-        master = jax.tree.map(jnp.asarray, pad_lora(self.model, arrays, self._max_rank))
+        master = jax.tree.map(jnp.asarray, pad_lora(self.model, arrays, self.max_rank))
         self._jobs[run_id] = JobArrays(
             optimizer=init_optimizer(master),
-            total=zero_sums(self.model, self._max_rank),
-            part=zero_sums(self.model, self._max_rank),
+            total=zero_sums(self.model, self.max_rank),
+            part=zero_sums(self.model, self.max_rank),
             eval_loss=jnp.zeros((), jnp.float32),
         )
 
@@ -192,7 +205,10 @@ class Runner:
             job.total, job.part = self.programs["add_sums",](job.total, job.part)
         stats = [(step, self._run_optimizer(step)) for step in plan.optimizer_steps]
         evals = [(result, self._take_eval_loss(result)) for result in plan.eval_results]
-        return Handle(plan, bucket, done, sampled, stats, evals, launched_s)
+        features = features_of(
+            plan, bucket, decode_kv_tokens=plan.decode_kv_tokens, ladder=self.sizing.ladder
+        )
+        return Handle(plan, bucket, features, done, sampled, stats, evals, launched_s)
 
     def _run_step(self, plan: StepPlan) -> tuple[Bucket | None, jax.Array | None]:
         tile = plan.tile
@@ -277,19 +293,3 @@ class Runner:
         job = self._jobs.get(discard.group.run.run_id)
         if job is not None and discard.had_sums:
             job.part = self.programs["clear_sums",](job.part)
-
-    def measure_buckets(self, latency: LatencyTable, *, repeats: int = 2) -> None:
-        """Runs every bucket on padding rows and records how long it takes."""
-        sums = zero_sums(self.model, self._max_rank)
-        for bucket in self.buckets:
-            packed = build_idle_step(bucket, self.sizing.step)
-            step = self.programs["step", bucket]
-            times = []
-            for _ in range(repeats):
-                started = time.perf_counter()
-                part: Any = sums if bucket.window else None
-                self.state, part, _ = step(self.weights, self.bank, self.state, part, packed.copy())
-                sums = part if bucket.window else sums
-                jax.block_until_ready(self.state)
-                times.append(time.perf_counter() - started)
-            latency.observe(bucket, 1e3 * min(times))

@@ -50,7 +50,7 @@ class Distribution:
     @classmethod
     def of(cls, values: Iterable[float]) -> Distribution | None:
         """Summarizes values; None when there are none."""
-        listed = list(values)
+        listed = sorted(values)
         if not listed:
             return None
         return cls(

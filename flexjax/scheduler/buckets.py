@@ -84,6 +84,10 @@ class BucketLadder:
         decode, chunk = _at_least(self.decode, decode_rows), _at_least(self.chunk, chunk_rows)
         return Bucket(decode, chunk, window, layers)
 
+    def padded_decode(self, rows: int) -> int:
+        """Rows of the smallest decode bucket, or sampling head, that holds `rows`."""
+        return _at_least(self.decode, rows)
+
     def tile_below(self, top: int) -> int:
         """Layers of the tile that begins under layer `top`.
 

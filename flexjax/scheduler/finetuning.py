@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexjax.layout import StepSizes
 from flexjax.optim.schedule import learning_rate
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import FinetuneBudget
+from flexjax.scheduler.budget import FinetuneBudget, Load
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import (
     BackwardTile,
@@ -27,6 +27,10 @@ class FinetunePlanner:
 
     The forward pass of one group runs beside the backward pass of another: the next of the same
     job's batch, or another job's.
+
+    Attributes:
+      runs: Jobs that are not done.
+      finished_groups: Groups that have been through everything, ever.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class FinetunePlanner:
         is_deterministic: bool,
     ):
         self.runs: list[TrainingRun] = []
+        self.finished_groups = 0
         self._ladder = ladder
         self._sizes = sizes
         self._pages = pages
@@ -69,11 +74,39 @@ class FinetunePlanner:
         """Whether some job has something to plan."""
         return any(run.has_work() for run in self.runs)
 
-    @property
-    def has_tile(self) -> bool:
-        """Whether some group is ready for its next backward tile."""
-        first = [run.groups[0] for run in self.runs if run.groups]
-        return any(group.is_placed and group.in_backward for group in first)
+    def offer(self, load: Load) -> None:
+        """Writes into a load what finetuning could add to it; begins batches that are due."""
+        order = sorted(self.runs, key=lambda run: run.service_rows)
+        rows = read = 0
+        for run in order:
+            run.refill()
+            for group in run.active_groups[:_GROUPS_UNDER_WAY]:
+                left = group.num_rows - group.forward_end
+                rows += left
+                read += left * group.mean_context
+        load.forward_rows = rows
+        load.forward_kv_tokens = read / rows if rows else 0.0
+        load.tile_rows = 0
+        for run in order:
+            group = run.groups[0] if run.groups else None
+            if group is None or not group.is_placed or not group.in_backward:
+                continue
+            load.tile_rows, top = self._next_tile(group)
+            load.tile_kv_tokens = group.mean_context
+            load.tile_layers = self._ladder.tile_below(top)
+            load.has_loss = top == self._num_layers
+            return
+
+    def _next_tile(self, group: Group) -> tuple[int, int]:
+        """Rows of a group's next tile if only buckets limit it, and the layer it begins under."""
+        rows, top = min(self._ladder.max_window, group.backward_start or group.num_rows), group.top
+        if self._is_window_major:
+            if group.window is not None:
+                return group.window[1], top
+            top = self._num_layers
+        elif group.backward_start == 0:
+            top -= self._ladder.tile_below(top)
+        return min(rows, group.run.config.window or rows), top
 
     @property
     def num_kv_pages(self) -> int:
@@ -209,11 +242,19 @@ class FinetunePlanner:
             group.window = (group.backward_start - length, length)
             group.top = self._num_layers
         start, length = group.window
+        if length > max_rows:
+            # Its last rows go first, through all layers; the others go on from here later.
+            rest = length - max_rows
+            group.cut_windows.append((start, rest, group.top))
+            start, length = group.window = (start + rest, max_rows)
         num_layers = self._ladder.tile_below(group.top)
         tile = BackwardTile(group, start, length, group.top, num_layers)
         group.top -= num_layers
         if group.top <= group.run.bottom:
             group.backward_start, group.window = start, None
+            if group.cut_windows:
+                start, length, group.top = group.cut_windows.pop()
+                group.window = (start, length)
         return tile
 
     def _layer_major_tile(self, group: Group, max_rows: int) -> BackwardTile:
@@ -245,6 +286,7 @@ class FinetunePlanner:
         """Frees a finished group; after a batch's last one comes the optimizer step."""
         run = group.run
         run.remove(group)
+        self.finished_groups += 1
         self._ended.append(group)
         if group.is_eval:
             if not run.eval_groups:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
+
+import numpy as np
 
 from flexjax.scheduler.sequence import Sequence
 from flexjax.scheduler.training import Group, TrainingRun
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """One row of a sequence whose tokens before it are all computed.
 
     Attributes:
@@ -127,6 +129,9 @@ class StepPlan:
       eval_results: Evaluations that end with this step.
       discarded: Groups that lost their pages; what they left is forgotten before the step.
       resets: Sequences whose token counts must be set before they are sampled.
+      decode_kv_tokens: Tokens that the decode rows read, summed over rows.
+      slot_pages: KV pages of each running request by its slot, -1 padding: int32 [max_running, M].
+        The scheduler's own; valid until it plans again.
     """
 
     decode: list[DecodeRow] = dataclasses.field(default_factory=list)
@@ -140,6 +145,8 @@ class StepPlan:
     eval_results: list[EvalResult] = dataclasses.field(default_factory=list)
     discarded: list[Discard] = dataclasses.field(default_factory=list)
     resets: list[Sequence] = dataclasses.field(default_factory=list)
+    decode_kv_tokens: int = 0
+    slot_pages: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     @property
     def num_chunk_rows(self) -> int:

@@ -1,29 +1,54 @@
 """The scheduler: once an iteration, what the next step holds. Imports no jax.
 
 Decode rows first, then prefill chunks of what runs, then admission, then finetuning in the room
-that the budget leaves. Memory that requests need is taken from finetuning first, from the newest
-request next (it is recomputed later); nothing is dropped.
+that the sharing policy leaves. Memory that requests need is taken from finetuning first, from the
+newest request next (it is recomputed later); nothing is dropped.
+
+An iteration costs time in proportion to the requests that run, whatever the number that wait.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import deque
+import math
+from collections.abc import Iterable
+
+import numpy as np
 
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import BudgetPolicy, Load
+from flexjax.scheduler.budget import Load, StepPredictor, choose_mix, chunk_limit
+from flexjax.scheduler.features import causal_pairs
 from flexjax.scheduler.finetuning import FinetunePlanner
-from flexjax.scheduler.latency import LatencyTable
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import DecodeRow, PrefillChunk, StepPlan
+from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
 from flexjax.scheduler.sequence import Sequence, SequenceStatus
 from flexjax.scheduler.training import TrainingRun
+from flexjax.scheduler.waiting import WaitingQueue
+
+_OUTPUT_WEIGHT = 2.0
+"""What an output token costs an adapter beside a prompt token, when adapters share."""
+
+_PREFILL_MARGIN = 2.0
+"""A first token is urgent once less than this many times its expected prefill is left."""
+
+_BLOCKED_SHARE = 0.5
+"""A first token that waits for memory or a slot is urgent once this share of its time is left."""
 
 
 class Scheduler:
-    """Queues of requests and jobs, and the pages that they own."""
+    """Queues of requests and jobs, and the pages that they own.
+
+    Attributes:
+      ladder: Buckets.
+      pages: KV pages.
+      latency: Predicts how long steps take.
+      waiting: Requests without pages.
+      running: Requests with pages, in order of admission.
+      finetuning: Jobs.
+      slot_pages: KV pages of each running request by its slot, -1 padding, int32 [max_running, M].
+    """
 
     def __init__(
         self,
@@ -32,8 +57,8 @@ class Scheduler:
         sizes: StepSizes,
         pages: PageAllocator,
         arena: PageAllocator,
-        policy: BudgetPolicy,
-        latency: LatencyTable,
+        policy: SharingPolicy,
+        latency: StepPredictor,
         max_running: int,
         max_context_len: int,
         num_layers: int,
@@ -43,8 +68,10 @@ class Scheduler:
         self.ladder = ladder
         self.pages = pages
         self.latency = latency
-        self.waiting: deque[Sequence] = deque()
+        self.policy = policy
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self.slot_pages = np.full((max_running, sizes.pages_per_seq), -1, np.int32)
         self.finetuning = FinetunePlanner(
             ladder=ladder,
             sizes=sizes,
@@ -55,29 +82,32 @@ class Scheduler:
             is_deterministic=is_deterministic,
         )
         self._sizes = sizes
-        self._policy = policy
         self._max_running = max_running
         self._max_context_len = max_context_len
         self._is_deterministic = is_deterministic
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._was_inference = False
+        self._is_blocked = False
+        self._prefilling: list[Sequence] = []
 
     # Requests and jobs.
 
     def add(self, request: GenerationRequest) -> Sequence:
         """Queues a request."""
-        sequence = Sequence.from_request(request)
-        self.waiting.append(sequence)
+        sequence = Sequence.from_request(request, self._max_context_len)
+        self.waiting.add(sequence)
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a request, in whatever state it is, and frees what it owned."""
-        if sequence.status is SequenceStatus.RUNNING:
+        status, sequence.status = sequence.status, SequenceStatus.FINISHED
+        if status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
+        elif status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
-        sequence.status = SequenceStatus.FINISHED
+        if status is not SequenceStatus.FINISHED:
+            sequence.tenant.num_alive -= 1
 
     def add_run(self, run: TrainingRun) -> None:
         """Starts a job."""
@@ -90,47 +120,125 @@ class Scheduler:
     @property
     def has_requests(self) -> bool:
         """Whether any request is alive."""
-        return bool(self.waiting or self.running)
+        return bool(self.running) or len(self.waiting) > 0
 
     # The iteration.
 
-    def schedule(self) -> StepPlan:
+    def schedule(self, now_s: float = 0.0, begin_s: float | None = None) -> StepPlan:
         """Decides the next step; empty if there is nothing to do.
 
         State advances as if the step had run, so that the next one can be decided while this one
         is on the device.
+
+        Args:
+          now_s: Clock, on which arrivals and tokens are timed too.
+          begin_s: When the device is expected to begin the step: once the one before is done. None
+            for now.
         """
-        plan = StepPlan()
-        if self._is_deterministic and self._was_inference and self.finetuning.has_work:
+        begin_s = now_s if begin_s is None else max(begin_s, now_s)
+        self._prefilling = [s for s in self.running if s.is_prefilling]
+        turn = self.policy.turn(self._view(begin_s))
+        plan = self._plan(turn, now_s)
+        if plan.is_empty and not turn.inference and self.has_requests:
+            # It was finetuning's turn, and it could do nothing: no pages, or its jobs are paused.
+            plan = self._plan(Turn(finetuning=False), now_s)
+        return plan
+
+    def _plan(self, turn: Turn, now_s: float) -> StepPlan:
+        plan = StepPlan(slot_pages=self.slot_pages)
+        can_alternate = self._is_deterministic and turn.finetuning and self.finetuning.has_work
+        if can_alternate and self._was_inference:
             self._was_inference = False
-            self._plan_finetuning(plan, Load(0, 0, has_requests=False))
+            # Sized by nothing: the same rows in the same steps, whatever else is going on.
+            self._plan_finetuning(plan, Load(), Turn())
             plan.discarded.extend(self.finetuning.take_discarded())
             if not plan.is_empty:
                 return plan
-        self._plan_decode(plan)
-        self._plan_prefill(plan)
-        self._admit(plan)
+        load = Load()
+        if turn.inference:
+            self._plan_decode(plan, load)
+            limit = self._chunk_limit(load, turn)
+            self._plan_prefill(plan, load, limit)
+            self._admit(plan, load, limit, now_s)
+            load.prefill_rows = plan.num_chunk_rows
+            load.sample_rows = len(plan.samples)
         self._was_inference = bool(plan.decode or plan.prefill)
-        if not (self._is_deterministic and self._was_inference):
+        if turn.finetuning and not (self._is_deterministic and self._was_inference):
             # Deterministic: without inference rows beside it, finetuning has the whole step.
-            is_shared = self.has_requests and not self._is_deterministic
-            load = Load(len(plan.decode), plan.num_chunk_rows, is_shared)
-            self._plan_finetuning(plan, load)
+            self._plan_finetuning(plan, load, turn)
         plan.discarded.extend(self.finetuning.take_discarded())
         return plan
 
-    def _plan_decode(self, plan: StepPlan) -> None:
+    def _view(self, begin_s: float) -> StepView:
+        """What the policy is told: slack of the running, urgency of the waiting."""
+        pace_ms = self._pace_ms(len(self.running) - len(self._prefilling))
+        return StepView(
+            slack_ms=_slack_ms(self.running, begin_s, pace_ms / 1e3),
+            is_urgent=self._is_urgent(begin_s, pace_ms),
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            has_finetuning=self.finetuning.has_work,
+            finished_groups=self.finetuning.finished_groups,
+        )
+
+    def _pace_ms(self, decode_rows: int) -> float:
+        """Expected milliseconds of a step that only decodes."""
+        if not decode_rows:
+            return 0.0
+        load = Load(decode_rows=decode_rows, sample_rows=decode_rows)
+        return self.latency.predict(load.features(self.ladder, 0, 0))
+
+    def _is_urgent(self, begin_s: float, pace_ms: float) -> bool:
+        """Whether a first token would come late if finetuning took its share."""
+        prefilling = [s for s in self._prefilling if not s.num_sampled]
+        heads = [s for s in self.waiting.heads() if not s.num_sampled]
+        if not any(s.request.slo.ttft_ms is not None for s in (*prefilling, *heads)):
+            return False
+        row_ms = self._prefill_row_ms()
+        ahead = sum(s.num_tokens - s.num_computed for s in prefilling)
+        for sequence in (*prefilling, *heads):
+            slo = sequence.request.slo
+            slack_ms = 1e3 * (sequence.request.arrival_s + slo.ttft_s - begin_s)
+            is_head = sequence.status is SequenceStatus.WAITING
+            rows = ahead + (sequence.num_tokens if is_head else 0)
+            needed_ms = _PREFILL_MARGIN * (rows * row_ms + 2 * pace_ms)
+            if is_head and self._is_blocked:
+                needed_ms = max(needed_ms, _BLOCKED_SHARE * 1e3 * slo.ttft_s)
+            if slack_ms < needed_ms:
+                return True
+        # The last in the queue arrived at the earliest now: it has its whole time yet.
+        longest_ms = max(1e3 * s.request.slo.ttft_s for s in (*prefilling, *heads))
+        return (ahead + self.waiting.num_tokens) * row_ms > _BLOCKED_SHARE * longest_ms
+
+    def _prefill_row_ms(self) -> float:
+        """Expected milliseconds of a prefill row in a full chunk."""
+        rows = self.ladder.max_chunk
+        return self.latency.predict(Load().features(self.ladder, rows, 0)) / rows
+
+    def _plan_decode(self, plan: StepPlan, load: Load) -> None:
+        decode, samples, page_size = plan.decode, plan.samples, self.pages.page_size
+        read = 0
         for sequence in list(self.running):
-            is_ready = not sequence.is_prefilling and sequence.may_sample(self._max_context_len)
-            if not is_ready or sequence.status is not SequenceStatus.RUNNING:
+            num_tokens = len(sequence.tokens) + sequence.in_flight
+            if (
+                sequence.num_computed != num_tokens - 1
+                or num_tokens >= sequence.max_tokens
+                or num_tokens == sequence.prompt_len
+                or sequence.status is not SequenceStatus.RUNNING
+            ):
                 continue
-            position = sequence.num_tokens - 1
-            if not self._grow(sequence, position + 1):
+            if len(sequence.pages) * page_size < num_tokens and not self._grow(
+                sequence, num_tokens
+            ):
                 continue
-            plan.decode.append(DecodeRow(sequence, position, is_fed=sequence.in_flight > 0))
-            plan.samples.append(sequence)
-            sequence.num_computed += 1
+            decode.append(DecodeRow(sequence, num_tokens - 1, sequence.in_flight > 0))
+            samples.append(sequence)
+            sequence.num_computed = num_tokens
             sequence.in_flight += 1
+            sequence.tenant.served += _OUTPUT_WEIGHT
+            read += num_tokens
+        load.decode_rows = len(decode)
+        load.decode_kv_tokens = plan.decode_kv_tokens = read
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives a running sequence pages for `num_tokens`; False if it was preempted instead."""
@@ -138,7 +246,7 @@ class Scheduler:
         while missing > 0:
             pages = self.pages.allocate(missing)
             if pages is not None:
-                sequence.pages.extend(pages)
+                self._own(sequence, pages)
                 return True
             if self.finetuning.evict():
                 continue
@@ -148,6 +256,11 @@ class Scheduler:
                 return False
         return True
 
+    def _own(self, sequence: Sequence, pages: Iterable[int]) -> None:
+        count = len(sequence.pages)
+        sequence.pages.extend(pages)
+        self.slot_pages[sequence.slot, count : len(sequence.pages)] = sequence.pages[count:]
+
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's pages; it will be recomputed from its tokens."""
         self.running.remove(sequence)
@@ -155,78 +268,123 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pages.free(sequence.pages)
         sequence.pages = []
+        # The step on the device has its own copy of the pages.
+        self.slot_pages[sequence.slot] = -1
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def _plan_prefill(self, plan: StepPlan) -> None:
-        for sequence in self.running:
-            if sequence.is_prefilling:
-                self._add_chunk(plan, sequence)
+    def _chunk_limit(self, load: Load, turn: Turn) -> int:
+        """Prefill rows that the step may hold."""
+        if not self._prefilling and not len(self.waiting):
+            return 0
+        if turn.max_ms < math.inf and self._prefilling:
+            load.forward_kv_tokens = float(max(s.num_computed for s in self._prefilling))
+        return chunk_limit(load, turn, self.ladder, self.latency)
 
-    def _add_chunk(self, plan: StepPlan, sequence: Sequence) -> None:
+    def _plan_prefill(self, plan: StepPlan, load: Load, limit: int) -> None:
+        for sequence in self._prefilling:
+            if sequence.status is SequenceStatus.RUNNING:  # not preempted by a decode row's need
+                self._add_chunk(plan, load, sequence, limit)
+
+    def _add_chunk(self, plan: StepPlan, load: Load, sequence: Sequence, limit: int) -> None:
         """Plans as much of a prompt as the step has room for."""
-        room = self.ladder.max_chunk - plan.num_chunk_rows
-        length = min(room, sequence.num_tokens - sequence.num_computed)
+        start = sequence.num_computed
+        length = min(limit - plan.num_chunk_rows, sequence.num_tokens - start)
         entries = sum(self.pages.pages_for(c.start + c.length) for c in plan.prefill)
-        end = sequence.num_computed + length
+        end = start + length
         if length <= 0 or entries + self.pages.pages_for(end) > self._sizes.chunk_pages:
             return
         is_last = end == sequence.num_tokens
-        plan.prefill.append(PrefillChunk(sequence, sequence.num_computed, length, is_last))
-        if sequence.num_computed == 0 and sequence.request.params.has_penalties:
+        plan.prefill.append(PrefillChunk(sequence, start, length, is_last))
+        if start == 0 and sequence.request.params.has_penalties:
             plan.resets.append(sequence)
+        load.prefill_kv_pairs += causal_pairs(start, length)
         sequence.num_computed = end
+        sequence.tenant.served += length
         if is_last:
             plan.samples.append(sequence)
             sequence.in_flight += 1
 
-    def _admit(self, plan: StepPlan) -> None:
-        """Starts waiting requests, first come first served, while memory covers them."""
-        while self.waiting and self._free_slots and plan.num_chunk_rows < self.ladder.max_chunk:
-            sequence = self.waiting[0]
+    def _admit(self, plan: StepPlan, load: Load, limit: int, now_s: float) -> None:
+        """Starts waiting requests in the queue's order, while memory covers them."""
+        self._is_blocked = False
+        while len(self.waiting) and plan.num_chunk_rows < limit:
+            sequence = self.waiting.head()
+            assert sequence is not None
             if sequence.in_flight:  # preempted; its newest token has not been read yet
                 return
             needed = self.pages.pages_for(sequence.num_tokens + 1)
             reserve = len(self.running)  # a page of growth for each that runs
-            while self.pages.num_free < needed + reserve and self.finetuning.evict():
-                pass
-            if self.pages.num_free < needed + reserve:
+            if self._free_slots:
+                while self.pages.num_free < needed + reserve and self.finetuning.evict():
+                    pass
+            if not self._free_slots or self.pages.num_free < needed + reserve:
+                self._is_blocked = True
                 return
             pages = self.pages.allocate(needed)
             assert pages is not None
-            self.waiting.popleft()
-            sequence.pages = pages
+            self.waiting.pop()
             sequence.slot = self._free_slots.pop()
+            self._own(sequence, pages)
             sequence.status = SequenceStatus.RUNNING
+            if sequence.admitted_s is None:
+                sequence.admitted_s = now_s
             self.running.append(sequence)
-            self._add_chunk(plan, sequence)
+            self._add_chunk(plan, load, sequence, limit)
 
-    def _plan_finetuning(self, plan: StepPlan, load: Load) -> None:
-        load = dataclasses.replace(load, has_tile=self.finetuning.has_tile)
-        budget = self._policy.budget(load, self.ladder, self.latency)
+    def _plan_finetuning(self, plan: StepPlan, load: Load, turn: Turn) -> None:
+        if not self.finetuning.runs:
+            return
         reserve = len(self.running)
-        if self.waiting:
-            reserve += self.pages.pages_for(self.waiting[0].num_tokens + 1)
+        head = self.waiting.head()
+        if head is not None:
+            reserve += self.pages.pages_for(head.num_tokens + 1)
+        self.finetuning.offer(load)
+        budget = choose_mix(load, turn, self.ladder, self.latency)
         self.finetuning.plan(plan, budget, reserve)
 
     # Results.
 
-    def record_token(self, sequence: Sequence, token: int) -> None:
+    def record_token(self, sequence: Sequence, token: int, now_s: float = 0.0) -> None:
         """Takes in a sampled token that the host has read."""
         sequence.tokens.append(token)
         sequence.in_flight -= 1
+        sequence.last_token_s = now_s
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
 
     def check_integrity(self) -> None:
-        """Asserts that pages and slots balance."""
+        """Asserts that pages, slots and queues balance."""
         self.pages.check_integrity()
         owned = sum(len(s.pages) for s in self.running) + self.finetuning.num_kv_pages
         assert owned + self.pages.num_free == self.pages.num_pages
         assert len(self.running) + len(self._free_slots) == self._max_running
         slots = [s.slot for s in self.running]
         assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
+        for sequence in self.running:
+            row = self.slot_pages[sequence.slot]
+            assert row[row >= 0].tolist() == sequence.pages
+        self.waiting.check_integrity()
         self.finetuning.check_integrity()
+
+
+def _slack_ms(running: list[Sequence], begin_s: float, pace_s: float) -> float:
+    """Milliseconds from `begin_s` to the earliest token that a decoding request is owed."""
+    least_s = math.inf
+    for sequence in running:
+        if sequence.tpot_s == math.inf or not sequence.is_decoding:
+            continue
+        if sequence.num_tokens >= sequence.max_tokens:
+            continue  # its last token is on its way
+        previous_s = sequence.last_token_s
+        if sequence.in_flight or previous_s is None:
+            previous_s = begin_s  # the step before ends with it
+        due_s = sequence.due_s(previous_s, pace_s)
+        if due_s < least_s:
+            least_s = due_s
+    return 1e3 * (least_s - begin_s)

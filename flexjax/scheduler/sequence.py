@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 from flexjax.request import GenerationRequest
 
@@ -14,6 +15,21 @@ class SequenceStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False)
+class Tenant:
+    """The requests of one adapter.
+
+    Attributes:
+      served: Tokens computed for them, output tokens twice; what adapters share by.
+      num_alive: Of them that have not ended.
+      heap: Those that wait, and some that did: (deadline, order, request).
+    """
+
+    served: float = 0.0
+    num_alive: int = 0
+    heap: list[tuple[float, int, Sequence]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,6 +47,13 @@ class Sequence:
       status: Where it is.
       num_preemptions: Times that it lost its pages.
       admitted_s: Clock when it first got pages, None before.
+      first_token_s: Clock when the host read its first token, None before.
+      last_token_s: The same for its newest token.
+      tenant: Its adapter's requests.
+      prompt_len: Tokens of the prompt.
+      max_tokens: Tokens at most, prompt included: what was asked for, or the context's length.
+      tpot_s: Its target, infinite without one.
+      sample_settings: Integers and floats of its sampling that do not change; the batch's to fill.
     """
 
     request: GenerationRequest
@@ -42,16 +65,25 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
     admitted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    tenant: Tenant = dataclasses.field(default_factory=Tenant)
+    prompt_len: int = 0
+    max_tokens: int = 0
+    tpot_s: float = math.inf
+    sample_settings: tuple[tuple[int, ...], tuple[float, ...]] | None = None
 
     @classmethod
-    def from_request(cls, request: GenerationRequest) -> Sequence:
+    def from_request(cls, request: GenerationRequest, max_context_len: int) -> Sequence:
         """A sequence that waits to be admitted."""
-        return cls(request, list(request.prompt_token_ids))
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
+        length = len(request.prompt_token_ids)
+        return cls(
+            request,
+            list(request.prompt_token_ids),
+            prompt_len=length,
+            max_tokens=min(length + request.params.max_tokens, max_context_len),
+            tpot_s=request.slo.tpot_s,
+        )
 
     @property
     def output(self) -> list[int]:
@@ -69,13 +101,38 @@ class Sequence:
         return self.num_tokens - self.prompt_len
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether all but its newest token are computed, and that one is its own."""
+        num_tokens = len(self.tokens) + self.in_flight
+        return self.num_computed == num_tokens - 1 and num_tokens > self.prompt_len
+
+    @property
     def is_prefilling(self) -> bool:
         """Whether more than the newest token is still to be computed."""
-        return self.num_computed < self.num_tokens - 1 or (
-            self.num_sampled == 0 and self.num_computed < self.num_tokens
+        num_tokens = len(self.tokens) + self.in_flight
+        computed = self.num_computed
+        return computed < num_tokens and not (
+            computed == num_tokens - 1 and num_tokens > self.prompt_len
         )
 
-    def may_sample(self, max_context_len: int) -> bool:
-        """Whether `max_tokens` and the context leave room for another token."""
-        has_quota = self.num_sampled < self.request.params.max_tokens
-        return has_quota and self.num_tokens < max_context_len
+    def due_s(self, previous_s: float, pace_s: float) -> float:
+        """When the next token of a request that has some is due.
+
+        Token j after the first is due j TPOTs after it, so that time saved on early tokens may be
+        spent on later ones; but never more than one TPOT after the token before, so that what was
+        saved is not spent on one long stall. What is late beyond catching up keeps the pace.
+
+        Args:
+          previous_s: Clock of the token before; an estimate if the host has not read it.
+          pace_s: Seconds of a step without finetuning, by which it is told whether a late request
+            can catch up.
+        """
+        tpot_s = self.tpot_s
+        first_s = previous_s if self.first_token_s is None else self.first_token_s
+        num_tokens = len(self.tokens) + self.in_flight
+        on_schedule_s = first_s + (num_tokens - self.prompt_len) * tpot_s
+        if on_schedule_s >= previous_s:
+            return min(on_schedule_s, previous_s + tpot_s)
+        remaining = self.max_tokens - num_tokens
+        is_lost = on_schedule_s + remaining * (tpot_s - pace_s) < previous_s
+        return previous_s + tpot_s if is_lost else previous_s

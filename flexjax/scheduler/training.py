@@ -52,6 +52,8 @@ class Group:
         layers in window-major order, of the layers from `top` in layer-major order.
       top: Layers [top, L) are done for the current window (or, layer-major, for all rows).
       window: Current window (start, length) in window-major order, None between windows.
+      cut_windows: What was cut off from windows that had begun, when a step had room for fewer
+        rows: (start, length, top) of rows that go on from layer `top` once later ones are done.
     """
 
     run: TrainingRun
@@ -63,6 +65,7 @@ class Group:
     backward_start: int = 0
     top: int = 0
     window: tuple[int, int] | None = None
+    cut_windows: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         lengths = [len(sequence) for sequence in self.sequences]
@@ -71,12 +74,18 @@ class Group:
         self.tokens = np.concatenate([s.tokens for s in self.sequences]).astype(np.int32)
         self.targets = np.concatenate([s.targets for s in self.sequences]).astype(np.int32)
         self.positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+        self._mean_context = float(self.positions.mean()) + 1.0
         self.rewind()
 
     @property
     def num_rows(self) -> int:
         """Rows of the stream."""
         return len(self.tokens)
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens that a row sees, on average: half its sequence."""
+        return self._mean_context
 
     @property
     def is_placed(self) -> bool:
@@ -110,6 +119,7 @@ class Group:
         self.backward_start = self.num_rows
         self.top = self.run.num_layers
         self.window = None
+        self.cut_windows = []
 
     def place(self, kv_pages: list[list[int]], arena_pages: list[list[int]], page: int) -> None:
         """Takes pages and derives each row's slots (page * page size + offset)."""

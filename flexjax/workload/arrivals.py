@@ -1,11 +1,13 @@
-"""Arrivals of requests, and their lengths fitted to a model's context."""
+"""One request of a workload, the Poisson process, and lengths fitted to a model's context."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Sequence
+from typing import Any
+
+from flexjax.workload._checks import require_count, require_name, require_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +18,24 @@ class Arrival:
       arrival_s: Seconds since the start.
       prompt_tokens: Tokens of the prompt; None where the workload does not say.
       output_tokens: Tokens to generate; None where the workload does not say.
+      adapter: Name of the adapter that answers; None for the base model.
+      slo_class: Name of the request's latency class, such as "interactive" or "batch"; None where
+        the workload does not say.
+
+    Raises:
+      ValueError: If the time is not a number >= 0, a length is below 1, or a name is empty.
     """
 
     arrival_s: float
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    adapter: str | None = None
+    slo_class: str | None = None
+
+    def __post_init__(self) -> None:
+        require_arrival(
+            self.arrival_s, self.prompt_tokens, self.output_tokens, self.adapter, self.slo_class
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +62,8 @@ def poisson_arrivals(rate: float, n: int, seed: int) -> list[Arrival]:
     Raises:
       ValueError: If `rate` is not positive and finite, or `n` is below 1.
     """
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"`rate` must be a number > 0; got {rate!r}.")
-    if n < 1:
-        raise ValueError(f"`n` must be an integer >= 1; got {n!r}.")
+    require_number("rate", rate, positive=True)
+    require_count("n", n)
     draws = random.Random(seed)
     time_s, arrivals = 0.0, []
     for _ in range(n):
@@ -65,8 +78,7 @@ def rebase(arrivals: Sequence[Arrival], time_scale: float = 1.0) -> list[Arrival
     Raises:
       ValueError: If `time_scale` is not a number >= 0.
     """
-    if not (math.isfinite(time_scale) and time_scale >= 0):
-        raise ValueError(f"`time_scale` must be a number >= 0; got {time_scale!r}.")
+    require_number("time_scale", time_scale)
     if not arrivals:
         return []
     first_s = arrivals[0].arrival_s
@@ -92,12 +104,8 @@ def scale_lengths(
     Raises:
       ValueError: If a limit is below 1.
     """
-    for name, limit in (
-        ("max_prompt_tokens", max_prompt_tokens),
-        ("max_output_tokens", max_output_tokens),
-    ):
-        if limit < 1:
-            raise ValueError(f"`{name}` must be an integer >= 1; got {limit!r}.")
+    require_count("max_prompt_tokens", max_prompt_tokens)
+    require_count("max_output_tokens", max_output_tokens)
     longest_prompt = max((a.prompt_tokens for a in arrivals if a.prompt_tokens), default=1)
     longest_output = max((a.output_tokens for a in arrivals if a.output_tokens), default=1)
     scale = LengthScale(
@@ -112,6 +120,27 @@ def scale_lengths(
         for arrival in arrivals
     ]
     return scaled, scale
+
+
+def require_arrival(
+    arrival_s: Any,
+    prompt_tokens: Any = None,
+    output_tokens: Any = None,
+    adapter: Any = None,
+    slo_class: Any = None,
+) -> None:
+    """Raises unless an `Arrival` can hold these values, whatever file they come from.
+
+    Raises:
+      ValueError: As `Arrival`.
+    """
+    require_number("arrival_s", arrival_s)
+    for name, length in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)):
+        if length is not None:
+            require_count(name, length)
+    for name, text in (("adapter", adapter), ("slo_class", slo_class)):
+        if text is not None:
+            require_name(name, text)
 
 
 def _scaled(length: int | None, factor: float) -> int | None:

@@ -12,9 +12,10 @@ from flexjax.engine.sizing import Sizing
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import FixedBudget, Load
-from flexjax.scheduler.latency import LatencyTable
+from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix
+from flexjax.scheduler.features import features_of
 from flexjax.scheduler.page_allocator import PageAllocator
+from flexjax.scheduler.policy import CoServe, Turn
 from flexjax.scheduler.scheduler import Scheduler
 from flexjax.scheduler.sequence import SequenceStatus
 from flexjax.scheduler.training import TrainingRun, TrainSequence
@@ -23,12 +24,14 @@ LAYERS = 5
 CONTEXT = 64
 
 
-def make_latency(ladder):
-    """Hand-made: forward rows cost 0.1 ms, backward rows 0.3 ms per layer of the tile."""
-    table = LatencyTable()
-    for b in ladder.all_buckets(finetuning=True):
-        table.observe(b, 1 + 0.1 * b.forward + 0.06 * b.window * b.tile_layers)
-    return table
+class HandMade:
+    """Forward rows cost 0.1 ms, backward rows 0.06 ms per layer of the tile; exact."""
+
+    def predict(self, features):
+        b = features.bucket
+        return 1 + 0.1 * b.forward + 0.06 * b.window * b.tile_layers
+
+    predict_high = predict
 
 
 class World:
@@ -57,8 +60,8 @@ class World:
         self.page_size, self.order, self.group_pages = page_size, order, min(arena, pages)
         self.scheduler = Scheduler(
             ladder=self.ladder, sizes=sizes, pages=PageAllocator(pages, page_size),
-            arena=PageAllocator(arena, page_size), policy=policy or FixedBudget(),
-            latency=make_latency(self.ladder), max_running=max_running, max_context_len=CONTEXT,
+            arena=PageAllocator(arena, page_size), policy=policy or CoServe(),
+            latency=HandMade(), max_running=max_running, max_context_len=CONTEXT,
             num_layers=LAYERS, tile_order=order, is_deterministic=deterministic,
         )  # fmt: skip
         self.in_flight, self.next_id = None, 0
@@ -179,10 +182,10 @@ class Watcher:
 
 
 POLICIES = {
-    "none": lambda rng: FixedBudget(),
-    "rows": lambda rng: FixedBudget(max_rows=int(rng.integers(1, 30))),
-    "time": lambda rng: FixedBudget(max_ms=float(rng.uniform(6.0, 9.0))),
-    "both": lambda rng: FixedBudget(max_rows=int(rng.integers(2, 30)), max_ms=8.0),
+    "none": lambda rng: CoServe(),
+    "rows": lambda rng: CoServe(max_rows=int(rng.integers(1, 30))),
+    "time": lambda rng: CoServe(max_ms=float(rng.uniform(6.0, 9.0))),
+    "both": lambda rng: CoServe(max_rows=int(rng.integers(2, 30)), max_ms=8.0),
 }
 
 
@@ -288,7 +291,7 @@ def test_finetuning_gives_pages_back_before_any_request_does():
 
 @pytest.mark.parametrize("max_ms", [5.0, 7.0, 9.0])
 def test_the_time_budget_is_kept(rng, max_ms):
-    world = World(policy=FixedBudget(max_ms=max_ms), pages=200)
+    world = World(policy=CoServe(max_ms=max_ms), pages=200)
     world.add_run([int(n) for n in rng.integers(2, 60, 12)], 3, epochs=20)
     num_shared = 0
     for index in range(400):
@@ -301,14 +304,14 @@ def test_the_time_budget_is_kept(rng, max_ms):
                 len(plan.decode), plan.num_chunk_rows, plan.tile.length if plan.tile else 0,
                 plan.tile.num_layers if plan.tile else None,
             )  # fmt: skip
-            assert world.scheduler.latency.predict(bucket) <= max_ms
+            assert world.scheduler.latency.predict(features_of(plan, bucket)) <= max_ms
     assert num_shared > 0
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 7, 16, 24])
 def test_a_row_budget_does_not_starve_the_backward_pass(max_rows):
     """Requests are alive all the time; both passes must go on."""
-    world = World(policy=FixedBudget(max_rows=max_rows), pages=100, window=(8, 16))
+    world = World(policy=CoServe(max_rows=max_rows), pages=100, window=(8, 16))
     run = world.add_run([20, 9, 3, 14], 2, epochs=2)
     for index in range(1_500):
         if index % 10 == 0:
@@ -321,9 +324,9 @@ def test_a_row_budget_does_not_starve_the_backward_pass(max_rows):
 
 def test_a_time_budget_that_fits_a_window_trains():
     """A backward bucket fits beside the requests: training may not wait for their end."""
-    world = World(policy=FixedBudget(max_ms=5.1), pages=100)
-    ladder, latency = world.ladder, world.scheduler.latency
-    assert latency.predict(ladder.bucket(4, 8, 8)) <= 5.1
+    world = World(policy=CoServe(max_ms=5.1), pages=100)
+    load = Load(decode_rows=4, prefill_rows=8, tile_rows=8)
+    assert HandMade().predict(load.features(world.ladder, 0, 8)) <= 5.1
     run = world.add_run([20, 9, 3, 14], 2)
     for index in range(1_500):
         if index % 10 == 0:
@@ -344,14 +347,11 @@ def test_jobs_share_by_weight():
 
 def test_no_limit_gives_everything_to_finetuning():
     world = World()
-    load = Load(2, 5, has_requests=True)
-    budget = FixedBudget().budget(load, world.ladder, world.scheduler.latency)
-    assert (budget.forward_rows, budget.backward_rows) == (24 - 5, 16)
-    tight = FixedBudget(max_ms=0.0).budget(load, world.ladder, world.scheduler.latency)
-    assert (tight.forward_rows, tight.backward_rows) == (0, 0)
-    alone = Load(0, 0, has_requests=False)
-    whole = FixedBudget(1, 0.0).budget(alone, world.ladder, world.scheduler.latency)
-    assert (whole.forward_rows, whole.backward_rows) == (24, 16)
+    load = Load(decode_rows=2, prefill_rows=5, forward_rows=100, tile_rows=30)
+    mix = choose_mix(load, Turn(), world.ladder, HandMade())
+    assert mix == FinetuneBudget(24 - 5, 16)
+    assert choose_mix(load, Turn(max_ms=0.0), world.ladder, HandMade()) == FinetuneBudget(0, 0)
+    assert choose_mix(load, Turn(max_rows=1), world.ladder, HandMade()).rows == 1
 
 
 def test_a_group_of_short_rows_fits_few_pages():

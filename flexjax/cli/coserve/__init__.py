@@ -51,6 +51,8 @@ def run(options: CoserveOptions) -> None:
     output = Path(COSERVE_OUTPUT) if options.output is None else options.output
     can_replace = options.overwrite or options.output is None
     check_output(output, REQUESTS_FILE, can_replace=can_replace)
+    if options.policy == "inference_only":
+        raise ValueError("`--policy` must let the job end; got 'inference_only'.")
     base = find_base(options)
     job_config = _job_config(options, base)
     config = EngineConfig(
@@ -60,6 +62,8 @@ def run(options: CoserveOptions) -> None:
         max_lora_rank=job_config.lora.r,
         finetune_token_budget=options.finetune_token_budget,
         step_time_budget_ms=options.step_time_budget_ms,
+        slo_class=options.slo,
+        policy=options.policy,
         **bucket_fields(max_running=options.max_running, chunk=64),
         **engine_fields(options),
     )

@@ -1,0 +1,268 @@
+"""What a comparison of policies must show: named yes or no, with the figures behind it.
+
+Finetuning throughput is that of finished backward work, since a short window holds few optimizer
+steps. Where the repeats of a run differ, throughputs and latencies count by their medians, and
+attainment by all requests of all repeats.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from flexjax.metrics import RunRecord, RunSummary, StepRecord, Tier, percentile, summarize_run
+
+OURS = "co_serve"
+BASELINE = "inference_only"
+_WITHOUT_REQUESTS = "finetune_only"
+
+ATTAINMENT = 0.99
+"""Share of requests that must meet the targets."""
+MARGIN = 1.03
+"""A throughput within this factor of another counts as equal."""
+RETENTION = 0.85
+INTERFERENCE = 1.3
+MEDIAN_ERROR = 0.08
+UNDER_ERROR = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that must hold.
+
+    Attributes:
+      name: What, in a few words.
+      passed: Whether it holds; None where the runs cannot tell.
+      figures: What it was judged by, JSON values.
+    """
+
+    name: str
+    passed: bool | None
+    figures: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """A policy at a rate, all repeats together; None without requests, or gaps."""
+
+    attainment: float | None
+    trained: float
+    itl_p99_s: float | None
+
+    @property
+    def attains(self) -> bool:
+        return self.attainment is not None and self.attainment >= ATTAINMENT
+
+
+_Points = dict[str, dict[float, _Point]]
+
+
+def check_sweep(runs: Sequence[RunRecord], tier: Tier) -> tuple[Check, ...]:
+    """Judges a sweep.
+
+      no_policy_trains_more        at no rate has a policy that attains 99 % more than 1.03 times
+                                   the finetuning throughput of co-serving
+      no_fixed_policy_is_equal     no other policy attains what co-serving does, and trains as
+                                   much within 3 %, at every rate
+      finetuning_is_retained       co-serving trains at the highest rate at which inference alone
+                                   attains 99 % at least 85 % of what it does at the lowest rate
+      interference_is_small        up to that rate, p99 of co-serving's gaps between tokens is at
+                                   most 1.3 times that of inference alone
+      latency_model_is_right       of co-serving's steps, the median absolute error of predictions
+                                   is at most 8 %, and the 95th percentile of time above the
+                                   prediction at most 15 %
+
+    Args:
+      runs: Of `run_sweep`.
+      tier: Targets to judge by.
+
+    Raises:
+      ValueError: If there is no run of co-serving.
+    """
+    points = _points([summarize_run(run, (tier,)) for run in runs])
+    if OURS not in points:
+        raise ValueError(f"`runs` must hold runs of {OURS}; got {sorted(points)}.")
+    return (
+        _no_policy_trains_more(points),
+        _no_fixed_policy_is_equal(points),
+        _finetuning_is_retained(points),
+        _interference_is_small(points),
+        _latency_model_is_right([run for run in runs if run.policy == OURS]),
+    )
+
+
+def _points(summaries: Sequence[RunSummary]) -> _Points:
+    groups: dict[tuple[str, float], list[RunSummary]] = collections.defaultdict(list)
+    for summary in summaries:
+        if summary.rate is not None and summary.policy != _WITHOUT_REQUESTS:
+            groups[summary.policy, summary.rate].append(summary)
+    points: _Points = collections.defaultdict(dict)
+    for (policy, rate), found in sorted(groups.items()):
+        tiers = [summary.requests.tiers[0] for summary in found]
+        num_requests = sum(tier.num_requests for tier in tiers)
+        gaps = [s.requests.itl_s.p99 for s in found if s.requests.itl_s is not None]
+        points[policy][rate] = _Point(
+            sum(t.num_met for t in tiers) / num_requests if num_requests else None,
+            statistics.median(s.finetuning.backward_target_tokens_per_s or 0.0 for s in found),
+            statistics.median(gaps) if gaps else None,
+        )
+    return dict(points)
+
+
+def _ratio(value: float, base: float) -> float | None:
+    return value / base if base else None
+
+
+def _no_policy_trains_more(points: _Points) -> Check:
+    figures: dict[str, Any] = {}
+    passed = True
+    for rate, ours in points[OURS].items():
+        rivals = {
+            policy: by_rate[rate].trained
+            for policy, by_rate in points.items()
+            if policy != OURS and rate in by_rate and by_rate[rate].attains
+        }
+        best = max(rivals, key=lambda policy: rivals[policy], default=None)
+        trained = rivals[best] if best else 0.0
+        passed &= trained <= MARGIN * ours.trained
+        figures[f"{rate:g}"] = {
+            "co_serve": ours.trained,
+            "co_serve_attainment": ours.attainment,
+            "best_rival": best,
+            "rival": trained if best else None,
+            "rival_over_co_serve": _ratio(trained, ours.trained) if best else None,
+        }
+    return Check("no_policy_trains_more", passed, figures)
+
+
+def _no_fixed_policy_is_equal(points: _Points) -> Check:
+    figures: dict[str, Any] = {}
+    equals = []
+    for policy, by_rate in points.items():
+        if policy == OURS:
+            continue
+        shortfalls = {}
+        for rate, ours in points[OURS].items():
+            theirs = by_rate.get(rate)
+            if theirs is None:
+                shortfalls[f"{rate:g}"] = "not run"
+            elif (theirs.attainment or 0.0) < min(ATTAINMENT, ours.attainment or 0.0):
+                shortfalls[f"{rate:g}"] = "attainment"
+            elif MARGIN * theirs.trained < ours.trained:
+                shortfalls[f"{rate:g}"] = "finetuning"
+        figures[policy] = shortfalls
+        if not shortfalls:
+            equals.append(policy)
+    figures["equals"] = equals
+    return Check("no_fixed_policy_is_equal", not equals if len(points) > 1 else None, figures)
+
+
+def _attained_rates(points: _Points) -> list[float]:
+    """Rates of co-serving up to the highest at which inference alone attains."""
+    attained = [rate for rate, point in points.get(BASELINE, {}).items() if point.attains]
+    return [rate for rate in points[OURS] if rate <= max(attained, default=0.0)]
+
+
+def _finetuning_is_retained(points: _Points) -> Check:
+    rates = _attained_rates(points)
+    if len(rates) < 2:
+        return Check("finetuning_is_retained", None, {"rates": rates})
+    low, high = points[OURS][rates[0]].trained, points[OURS][rates[-1]].trained
+    retained = _ratio(high, low)
+    figures = {
+        "lowest_rate": rates[0],
+        "highest_rate": rates[-1],
+        "at_lowest": low,
+        "at_highest": high,
+        "retained": retained,
+        "co_serve_attainment": points[OURS][rates[-1]].attainment,
+    }
+    return Check("finetuning_is_retained", retained is not None and retained >= RETENTION, figures)
+
+
+def _interference_is_small(points: _Points) -> Check:
+    ratios = {}
+    for rate in _attained_rates(points):
+        alone = points[BASELINE].get(rate)
+        ours = points[OURS][rate]
+        if alone is not None and alone.itl_p99_s and ours.itl_p99_s:
+            ratios[f"{rate:g}"] = ours.itl_p99_s / alone.itl_p99_s
+    passed = max(ratios.values()) <= INTERFERENCE if ratios else None
+    return Check("interference_is_small", passed, ratios)
+
+
+def _latency_model_is_right(runs: Sequence[RunRecord]) -> Check:
+    errors = [s.measured_ms / s.predicted_ms - 1 for r in runs for s in r.steps if s.predicted_ms]
+    if not errors:
+        return Check("latency_model_is_right", None, {"steps": 0})
+    median_abs = percentile([abs(error) for error in errors], 50)
+    p95_under = percentile([max(0.0, error) for error in errors], 95)
+    figures = {
+        "steps": len(errors),
+        "median_abs": median_abs,
+        "p95_under": p95_under,
+        "bias": percentile(errors, 50),
+    }
+    passed = median_abs <= MEDIAN_ERROR and p95_under <= UNDER_ERROR
+    return Check("latency_model_is_right", passed, figures)
+
+
+def check_burst(run: RunRecord, tier: Tier, *, start_s: float, length_s: float) -> Check:
+    """Judges a run with a burst: finetuning must give way, come back, and cost no request.
+
+    The phase "during" goes from the burst's first request to the last token of its requests. The
+    reaction counts the steps that began after that first request came, up to the first one whose
+    finetuning rows are at most halfway between the means of "before" and "during".
+
+    Args:
+      run: Of `run_burst`.
+      tier: Targets to judge by.
+      start_s: Begin of the burst, on the run's clock from 0.
+      length_s: Seconds of the burst.
+
+    Raises:
+      ValueError: If no request was due in the burst.
+    """
+    first_s, last_s = run.begin_s + start_s, run.begin_s + start_s + length_s
+    inside = [r for r in run.requests if first_s <= r.due_s < last_s]
+    if not inside:
+        raise ValueError(f"`run` must have requests in the burst; got {len(run.requests)} others.")
+    begin_s = inside[0].due_s
+    end_s = max([last_s, *(r.token_times_s[-1] for r in inside if r.token_times_s)])
+    before = [s for s in run.steps if s.begin_s < begin_s]
+    during = [s for s in run.steps if begin_s <= s.begin_s < end_s]
+    after = [s for s in run.steps if s.begin_s >= end_s]
+    rows = [_rows_per_step(steps) for steps in (before, during, after)]
+    judged = summarize_run(run, (tier,)).requests.tiers[0]
+    figures: dict[str, Any] = {
+        "rows_per_step": dict(zip(("before", "during", "after"), rows, strict=True)),
+        "steps": [len(before), len(during), len(after)],
+        "num_requests": judged.num_requests,
+        "num_in_burst": len(inside),
+        "attainment": judged.attainment,
+        "reaction_steps": None,
+        "reaction_s": None,
+    }
+    if rows[0] is None or rows[1] is None or rows[2] is None:
+        return Check("burst_is_absorbed", None, figures)
+    middle = (rows[0] + rows[1]) / 2
+    for number, step in enumerate(during, start=1):
+        if step.forward_rows + step.backward_rows <= middle:
+            figures |= {"reaction_steps": number, "reaction_s": step.begin_s - begin_s}
+            break
+    gave_way = rows[1] < rows[0] and rows[2] > rows[1]
+    passed = gave_way and (judged.attainment or 0.0) >= ATTAINMENT
+    return Check("burst_is_absorbed", passed, figures)
+
+
+def _rows_per_step(steps: Sequence[StepRecord]) -> float | None:
+    if not steps:
+        return None
+    return sum(s.forward_rows + s.backward_rows for s in steps) / len(steps)

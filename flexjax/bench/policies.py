@@ -1,0 +1,367 @@
+"""Policies over loads on one engine: what is offered, in which order, and the table of it.
+
+Runs of all policies are interleaved, so that a machine that becomes slower hits all alike. What
+the figures must satisfy is `checks`'.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexjax.bench.serving import run_workload
+from flexjax.config import FinetuneConfig
+from flexjax.engine.engine import Engine
+from flexjax.metrics import (
+    CompareRow,
+    RunRecord,
+    RunSummary,
+    Tier,
+    compare_table,
+    percentile,
+    summarize_run,
+)
+from flexjax.slo import NO_SLO, SLO
+from flexjax.workload import (
+    Arrival,
+    ConstantLength,
+    IndependentLengths,
+    Popularity,
+    RequestLengths,
+    TraceLengths,
+    Workload,
+    burst_arrivals,
+    gamma_arrivals,
+    with_adapters,
+    with_lengths,
+)
+
+TIER = "targets"
+"""Name of the tier that a bench judges by."""
+DEFAULT_POLICIES = (
+    "co_serve",
+    "inference_only",
+    "temporal:16",
+    "temporal:64",
+    "dynamic_temporal",
+    "spatial:0.25",
+    "spatial:0.5",
+    "finetune_only",
+)
+DEFAULT_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Offered loads, as shares of what the engine can answer."""
+
+
+def _require(is_right: bool, name: str, rule: str, value: object) -> None:
+    if not is_right:
+        raise ValueError(f"`{name}` must be {rule}; got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadSource:
+    """Makes workloads of any rate.
+
+    Each holds exactly `round(rate * seconds)` requests, at least one, and the first arrives at 0:
+    gaps are drawn, or taken from a random place of the trace, and stretched to fit.
+
+    Attributes:
+      name: Name of the workloads.
+      lengths: What lengths are drawn from; None for those of the trace.
+      trace: Requests in order of arrival; None for drawn gaps.
+      burstiness: Shape of the gamma distribution of drawn gaps; 1 is a Poisson process.
+      adapters: Adapters that answer; none for the base model.
+      popularity: As in `with_adapters`; "zipf" has exponent 1.
+
+    Raises:
+      ValueError: If lengths are missing, or a trace comes without them where `lengths` is None.
+    """
+
+    name: str
+    lengths: RequestLengths | None = None
+    trace: Sequence[Arrival] | None = None
+    burstiness: float = 1.0
+    adapters: Sequence[str] = ()
+    popularity: Popularity = "uniform"
+
+    def __post_init__(self) -> None:
+        has_own = self.trace is not None and all(
+            a.prompt_tokens is not None and a.output_tokens is not None for a in self.trace
+        )
+        is_right = self.lengths is not None or has_own
+        _require(is_right, "lengths", "given where the trace has none", self.lengths)
+
+    def workload(self, rate: float, seconds: float, seed: int) -> Workload:
+        """Requests of `seconds` seconds at a rate.
+
+        Raises:
+          ValueError: If a number is not positive, or the trace holds too few requests, or only
+            requests that arrive at once.
+        """
+        for name, value in (("rate", rate), ("seconds", seconds)):
+            _require(math.isfinite(value) and value > 0, name, "a number > 0", value)
+        count = max(1, round(rate * seconds))
+        if self.trace is None:
+            arrivals = gamma_arrivals(rate, count + 1, seed, burstiness=self.burstiness)
+        else:
+            rule = f"at least {count + 1} requests long, for {rate:g} a second"
+            _require(len(self.trace) > count, "trace", rule, len(self.trace))
+            start = int(np.random.default_rng(seed).integers(len(self.trace) - count))
+            arrivals = list(self.trace[start : start + count + 1])
+        first_s, span_s = arrivals[0].arrival_s, arrivals[-1].arrival_s - arrivals[0].arrival_s
+        _require(span_s > 0, "trace", "of requests at different times", span_s)
+        scale = seconds / span_s
+        fitted = [
+            dataclasses.replace(a, arrival_s=(a.arrival_s - first_s) * scale)
+            for a in arrivals[:count]
+        ]
+        return self._labelled(fitted, seed, {"rate": rate, "seconds": seconds})
+
+    def burst(self, burst: Burst, seconds: float, seed: int) -> Workload:
+        """Requests of a Poisson process with one burst, whatever the gaps of the source are."""
+        arrivals = burst_arrivals(
+            burst.base_rate,
+            seconds,
+            seed,
+            burst_factor=burst.factor,
+            burst_start_s=burst.start_s,
+            burst_length_s=burst.length_s,
+        )
+        settings = {**dataclasses.asdict(burst), "seconds": seconds}
+        return self._labelled(arrivals, seed, settings, suffix="-burst")
+
+    def _labelled(
+        self,
+        arrivals: list[Arrival],
+        seed: int,
+        settings: Mapping[str, Any],
+        suffix: str = "",
+    ) -> Workload:
+        lengths = self.lengths
+        if lengths is None and suffix:  # drawn arrivals have none of their own
+            lengths = TraceLengths.of(self.trace or ())
+        if lengths is not None:
+            arrivals = with_lengths(arrivals, lengths, seed)
+        if self.adapters:
+            alpha = 1.0 if self.popularity == "zipf" else None
+            arrivals = with_adapters(arrivals, self.adapters, self.popularity, seed, alpha=alpha)
+        return Workload(self.name + suffix, arrivals, seed, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Burst:
+    """A load that rises for a while.
+
+    Attributes:
+      base_rate: Requests per second before and after.
+      factor: What the rate is multiplied by.
+      start_s: When it rises.
+      length_s: For how long.
+    """
+
+    base_rate: float
+    factor: float
+    start_s: float
+    length_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What a sweep runs.
+
+    Attributes:
+      policies: Names, as `make_policy` takes them. "finetune_only" runs without requests.
+      rates: Offered loads, requests per second.
+      targets: Latency targets; both are needed.
+      window_s: Seconds of a run over which rates are averaged.
+      drain_s: Seconds that answers may take after it.
+      repeats: Times that everything is run, each with requests of its own.
+      seed: Seed of the first repeat.
+
+    Raises:
+      ValueError: If a list is empty or repeats itself, or a number is out of range.
+    """
+
+    policies: Sequence[str] = DEFAULT_POLICIES
+    rates: Sequence[float]
+    targets: SLO
+    window_s: float = 8.0
+    drain_s: float = 3.0
+    repeats: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("policies", "rates"):
+            value = getattr(self, name)
+            is_right = len(value) > 0 and len(set(value)) == len(value)
+            _require(is_right, name, "not empty and without repetitions", value)
+        for rate in self.rates:
+            _require(math.isfinite(rate) and rate > 0, "rates", "numbers > 0", rate)
+        has_both = self.targets.ttft_ms is not None and self.targets.tpot_ms is not None
+        _require(has_both, "targets", "an SLO with TTFT and TPOT", self.targets)
+        _require(self.window_s > 0, "window_s", "> 0", self.window_s)
+        _require(self.repeats >= 1, "repeats", "at least 1", self.repeats)
+
+    @property
+    def tier(self) -> Tier:
+        """The targets, to judge by."""
+        return tier_of(self.targets)
+
+
+def tier_of(targets: SLO) -> Tier:
+    """Targets as a tier; one that is missing is infinite."""
+    return Tier(TIER, targets.ttft_s, targets.tpot_s)
+
+
+def run_sweep(
+    engine: Engine,
+    settings: SweepSettings,
+    source: LoadSource,
+    jobs: Sequence[FinetuneConfig],
+    *,
+    header: Mapping[str, Any] | None = None,
+    on_run: Callable[[RunRecord], None] = lambda run: None,
+) -> list[RunRecord]:
+    """Runs every policy at every rate.
+
+    At each rate all policies answer the same requests, one after the other, in an order that
+    turns with the rate and the repeat. A first run that is not recorded warms up.
+
+    Args:
+      engine: Idle; see `run_workload`.
+      settings: What to run.
+      source: Of the workloads.
+      jobs: What is finetuned in every run.
+      header: See `run_workload`.
+      on_run: Called with each record as soon as it is there.
+
+    Returns:
+      The records, in the order in which they ran.
+
+    Raises:
+      ValueError, JobStateError: See `run_workload` and `LoadSource.workload`.
+    """
+    common: dict[str, Any] = {"jobs": jobs, "header": header, "horizon_s": settings.window_s}
+    serving = {**common, "drain_s": settings.drain_s, "targets": settings.targets}
+    shared = [name for name in settings.policies if name != "finetune_only"]
+    loads = [
+        (repeat, index, source.workload(rate, settings.window_s, settings.seed + repeat))
+        for repeat in range(settings.repeats)
+        for index, rate in enumerate(settings.rates)
+    ]
+    warm_up = {**serving, "horizon_s": settings.window_s / 2, "drain_s": 0.0}
+    run_workload(engine, loads[len(settings.rates) // 2][2], policy="co_serve", **warm_up)
+    runs: list[RunRecord] = []
+
+    def add(run: RunRecord) -> None:
+        runs.append(run)
+        on_run(run)
+
+    for repeat, index, workload in loads:
+        seed, rate = settings.seed + repeat, settings.rates[index]
+        if index == 0 and "finetune_only" in settings.policies:
+            alone = run_workload(engine, None, policy="finetune_only", seed=seed, **common)
+            named = {**alone.header, "workload": workload.name}
+            add(dataclasses.replace(alone, header=named))
+        turn = (index + repeat) % len(shared) if shared else 0
+        for policy in shared[turn:] + shared[:turn]:
+            add(run_workload(engine, workload, policy=policy, rate=rate, seed=seed, **serving))
+    return runs
+
+
+def run_burst(
+    engine: Engine,
+    settings: SweepSettings,
+    source: LoadSource,
+    jobs: Sequence[FinetuneConfig],
+    burst: Burst,
+    *,
+    header: Mapping[str, Any] | None = None,
+) -> RunRecord:
+    """Runs co-serving through a burst, as long again after it as it and what came before took.
+
+    Raises:
+      ValueError, JobStateError: See `run_workload` and `burst_arrivals`.
+    """
+    seconds = 2 * (burst.start_s + burst.length_s)
+    return run_workload(
+        engine,
+        source.burst(burst, seconds, settings.seed),
+        policy="co_serve",
+        jobs=jobs,
+        targets=settings.targets,
+        horizon_s=seconds,
+        drain_s=settings.drain_s,
+        seed=settings.seed,
+        header=header,
+    )
+
+
+def measure_idle_itl_s(engine: Engine, *, prompt_tokens: int, output_tokens: int) -> float:
+    """Seconds between two tokens of a request that has the engine to itself; the median gap.
+
+    Raises:
+      ValueError: If there are fewer than two output tokens; see also `run_workload`.
+    """
+    _require(output_tokens >= 2, "output_tokens", "at least 2", output_tokens)
+    request = Arrival(0.0, prompt_tokens, output_tokens)
+    run = run_workload(engine, Workload("idle", [request]), policy="inference_only")
+    return percentile(run.requests[0].itl_s, 50)
+
+
+def measure_capacity(engine: Engine, source: LoadSource, *, num_requests: int, seed: int) -> float:
+    """Requests per second that the engine answers without finetuning, when all come at once.
+
+    Raises:
+      ValueError: See `run_workload` and `LoadSource.workload`.
+    """
+    spread = source.workload(float(num_requests), 1.0, seed)
+    arrivals = [dataclasses.replace(a, arrival_s=0.0) for a in spread.arrivals]
+    workload = Workload("capacity", arrivals, seed)
+    run = run_workload(engine, workload, policy="inference_only", targets=NO_SLO, seed=seed)
+    last_s = max(request.token_times_s[-1] for request in run.requests)
+    return len(run.requests) / (last_s - run.begin_s)
+
+
+def constant_lengths(prompt_tokens: int, output_tokens: int) -> RequestLengths:
+    """The same prompt and output length for every request."""
+    return IndependentLengths(ConstantLength(prompt_tokens), ConstantLength(output_tokens))
+
+
+def save_run(path: Path | str, run: RunRecord, tier: Tier) -> RunSummary:
+    """Adds a run, with its figures, to a file of JSON lines; returns the figures."""
+    summary = summarize_run(run, (tier,))
+    dataclasses.replace(run, summary=summary.as_dict()).save(path, append=True)
+    return summary
+
+
+def median_rows(summaries: Sequence[RunSummary], tier: str = TIER) -> tuple[CompareRow, ...]:
+    """One row a policy and rate: medians over the repeats, each figure by itself.
+
+    Raises:
+      ValueError: If a run was not judged by `tier`.
+    """
+    groups: dict[tuple[str, float | None], list[CompareRow]] = collections.defaultdict(list)
+    for row in compare_table(summaries, tier):
+        groups[row.policy, row.rate].append(row)
+    return tuple(_median_row(rows) for rows in groups.values())
+
+
+def _median_row(rows: Sequence[CompareRow]) -> CompareRow:
+    figures: dict[str, Any] = {}
+    for field in dataclasses.fields(CompareRow):
+        values = [getattr(row, field.name) for row in rows]
+        if field.name in ("policy", "rate"):
+            figures[field.name] = values[0]
+        elif field.name == "num_requests":
+            figures[field.name] = sum(values)
+        else:
+            known = [value for value in values if value is not None]
+            figures[field.name] = statistics.median(known) if known else None
+    return CompareRow(**figures)

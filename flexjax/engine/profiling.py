@@ -1,0 +1,137 @@
+"""Measures what the parts of a step cost: every bucket, the reading of keys, the heads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexjax.engine.batch import build_full_step, build_idle_step
+from flexjax.engine.runner import Runner
+from flexjax.layout import SAMPLE_FLOATS, Bucket, packed_size, sample_fields
+from flexjax.lora.bank import zero_lora
+from flexjax.optim.adamw import Hyper, init_optimizer
+from flexjax.optim.sums import zero_sums
+from flexjax.scheduler.features import EMPTY_BUCKET, LatencySample, StepFeatures
+
+
+class Profiler:
+    """Runs the programs of an engine on made-up batches, and changes nothing that lasts.
+
+    To be used before the engine has requests, adapters or jobs.
+    """
+
+    def __init__(self, runner: Runner, *, repeats: int = 2):
+        """Makes a profiler.
+
+        Args:
+          runner: The engine's programs and arrays.
+          repeats: Times that each program runs; the median counts.
+        """
+        self._runner = runner
+        self._repeats = repeats
+        self._samples: list[LatencySample] = []
+
+    def measure(self, *, contexts: tuple[float, ...] = (1.0,)) -> list[LatencySample]:
+        """Measures everything.
+
+        Args:
+          contexts: Shares of the longest context that rows read, for the cost of keys and values;
+            the largest bucket of each kind is measured at each, all buckets at none.
+        """
+        runner = self._runner
+        for bucket in runner.buckets:
+            self._step(bucket, build_idle_step(bucket, runner.sizing.step), StepFeatures(bucket))
+        for bucket in self._largest():
+            for share in contexts:
+                context = max(1, int(share * runner.sizing.max_context_len))
+                packed, counts = build_full_step(bucket, runner.sizing, context)
+                self._step(bucket, packed, StepFeatures(bucket, **counts))
+        for rows in runner.sizing.ladder.decode:
+            self._sampling(rows)
+        if runner.sizing.can_finetune:
+            for rows in runner.sizing.ladder.window:
+                self._loss(rows)
+            self._optimizer()
+        return self._samples
+
+    def _largest(self) -> list[Bucket]:
+        """The largest bucket of each kind of rows, alone."""
+        ladder = self._runner.sizing.ladder
+        found = [Bucket(ladder.max_decode, 0, 0, 0), Bucket(0, ladder.max_chunk, 0, 0)]
+        if self._runner.sizing.can_finetune:
+            found.append(Bucket(0, 0, ladder.max_window, ladder.tile_layers))
+        return found
+
+    def _time(self, features: StepFeatures, call: Callable[[], Any]) -> None:
+        times = []
+        for _ in range(self._repeats + 1):
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - started)
+        ms = 1e3 * float(np.median(times[1:]))  # the first run touches memory for the first time
+        self._samples.append(LatencySample(features, ms, self._repeats))
+
+    def _step(self, bucket: Bucket, packed: np.ndarray, features: StepFeatures) -> None:
+        runner = self._runner
+        sums = zero_sums(runner.model, runner.max_rank) if bucket.window else None
+
+        def call() -> Any:
+            nonlocal sums
+            step = runner.programs["step", bucket]
+            runner.state, sums, done = step(
+                runner.weights, runner.bank, runner.state, sums, packed.copy()
+            )
+            return done, runner.state
+
+        self._time(features, call)
+
+    def _sampling(self, rows: int) -> None:
+        runner = self._runner
+        packed = np.full(packed_size(sample_fields(rows)), -1, np.int32)
+        floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
+        floats[1] = 1.0
+
+        def call() -> Any:
+            sample = runner.programs["sample", rows]
+            state, output = sample(runner.weights, runner.state.sample, packed, floats)
+            runner.state = runner.state._replace(sample=state)
+            return output
+
+        self._time(StepFeatures(EMPTY_BUCKET, sample_rows=rows), call)
+
+    def _loss(self, rows: int) -> None:
+        runner = self._runner
+        packed = np.full((2, rows), -1, np.int32)
+
+        def call() -> Any:
+            loss, arena = runner.programs["loss", rows](
+                runner.weights, runner.state.arena, np.float32(0), packed
+            )
+            runner.state = runner.state._replace(arena=arena)
+            return loss
+
+        self._time(StepFeatures(EMPTY_BUCKET, num_losses=1, loss_rows=rows), call)
+
+    def _optimizer(self) -> None:
+        """Steps from zero weights by zero: slot 0 of the bank stays zero."""
+        runner = self._runner
+        optimizer = init_optimizer(
+            jax.tree.map(jax.numpy.asarray, zero_lora(runner.model, runner.max_rank))
+        )
+        total = zero_sums(runner.model, runner.max_rank)
+        hyper = Hyper(0.0, 0.0, 0.9, 0.999, 1e-8, 1.0, 1)
+
+        def call() -> Any:
+            nonlocal optimizer, total
+            program = runner.programs["optimizer_step",]
+            slot = np.int32(0)
+            optimizer, total, runner.bank, stats = program(
+                optimizer, total, runner.bank, slot, hyper.packed()
+            )
+            return stats, runner.bank
+
+        self._time(StepFeatures(EMPTY_BUCKET, num_optimizer_steps=1), call)
