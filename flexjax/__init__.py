@@ -14,6 +14,7 @@ from flexjax.config import LoraConfig as LoraConfig
 from flexjax.config import SamplingParams as SamplingParams
 from flexjax.model_config import ModelConfig as ModelConfig
 from flexjax.request import GenerationOutput as GenerationOutput
+from flexjax.slo import SLO as SLO
 
 if TYPE_CHECKING:
     from flexjax import autodiff as autodiff

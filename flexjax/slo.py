@@ -17,17 +17,24 @@ class SLO:
     Attributes:
       ttft_ms: Milliseconds from arrival to the first token, queueing included; None for no target.
       tpot_ms: Mean milliseconds per token after the first; None for no target.
+      itl_ms: Milliseconds between two tokens that finetuning may stretch a gap to, where earlier
+        tokens came early enough for the mean; None for `tpot_ms`, so that no gap is longer.
     """
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    itl_ms: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ttft_ms", "tpot_ms"):
+        for name in ("ttft_ms", "tpot_ms", "itl_ms"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (is_number and math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be a number > 0 or None; got {value!r}.")
+        if self.itl_ms is not None and (self.tpot_ms is None or self.itl_ms < self.tpot_ms):
+            raise ValueError(
+                f"`itl_ms` must be at least `tpot_ms`, {self.tpot_ms!r}; got {self.itl_ms!r}."
+            )
 
     @property
     def ttft_s(self) -> float:
@@ -38,6 +45,11 @@ class SLO:
     def tpot_s(self) -> float:
         """Seconds per token after the first; infinite without a target."""
         return math.inf if self.tpot_ms is None else self.tpot_ms / 1e3
+
+    @property
+    def itl_s(self) -> float:
+        """Seconds between two tokens at most; infinite without a target."""
+        return self.tpot_s if self.itl_ms is None else self.itl_ms / 1e3
 
     def queue_deadline_s(self, arrival_s: float) -> float:
         """When a request is due that waits: finite, so that nothing waits for ever."""

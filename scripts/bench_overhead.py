@@ -27,7 +27,7 @@ from flexjax.bench.harness import Timing, header, table, write_jsonl
 from flexjax.builtin_models import builtin_model_config
 from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingParams
 from flexjax.data import demo_dataset, tiny_model_dir
-from flexjax.engine.batch import build_loss, build_samples, build_step
+from flexjax.engine.batch import SampleTable, build_loss, build_step
 from flexjax.engine.engine import Engine, StepEvent
 from flexjax.engine.output import RequestOutput
 from flexjax.engine.sizing import Sizing
@@ -45,7 +45,8 @@ from flexjax.slo import SLO
 
 MODEL = "llama-3.1-8b"
 NUM_ADAPTERS = 32
-PROMPT, OUTPUT = 256, 128
+PROMPT, OUTPUT = 64, 256
+"""Short prompts: a step can admit more than end in it, so that all slots stay taken."""
 STEP_S = 0.02
 """Seconds that a step is made to take, on the made-up clock."""
 CASES = ((64, 0), (256, 0), (1024, 0), (64, 100_000), (1024, 100_000))
@@ -83,6 +84,7 @@ class HostLoop:
             is_deterministic=False,
         )
         self._scheduler.add_run(self._training_run(model.num_layers))
+        self._sampling = SampleTable(num_running)
         self._outputs: dict[int, RequestOutput] = {}
         self._draws = np.random.default_rng(0)
         self._prompt = tuple(range(PROMPT))
@@ -130,7 +132,7 @@ class HostLoop:
             max_context_len=self._sizing.max_context_len,
         )
 
-    def fill(self, limit: int = 100_000) -> None:
+    def fill(self, limit: int = 5_000) -> None:
         """Runs until every slot is taken, or nothing is left that waits; not measured."""
         wanted = self._scheduler.slot_pages.shape[0]
         for _ in range(limit):
@@ -168,7 +170,7 @@ class HostLoop:
             )
             build_step(plan, bucket, sizing.step, sizing.page_size)
         if plan.samples:
-            build_samples(plan.samples, sizing.ladder.padded_decode(len(plan.samples)))
+            self._sampling.build(plan.samples, sizing.ladder.padded_decode(len(plan.samples)))
         for window in plan.losses:
             rows = next(size for size in sizing.ladder.window if size >= window.length)
             build_loss(window, rows)

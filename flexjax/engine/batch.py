@@ -95,15 +95,14 @@ def _fill_decode(plan: StepPlan, fields: dict[str, np.ndarray], page_size: int) 
     slots = np.array([row.sequence.slot for row in plan.decode], np.int32)
     is_fed = np.array([row.is_fed for row in plan.decode])
     tokens = [0 if row.is_fed else row.sequence.tokens[row.position] for row in plan.decode]
-    pages = plan.slot_pages[slots]
-    at = np.arange(rows), positions // page_size
+    pages = plan.slot_pages[slots, positions // page_size]
     fields["tokens"][:rows] = tokens
     fields["feed_slots"][:rows] = np.where(is_fed, slots, -1)
     fields["positions"][:rows] = positions
-    fields["kv_slots"][:rows] = pages[at] * page_size + positions % page_size
+    fields["kv_slots"][:rows] = pages * page_size + positions % page_size
     fields["adapter_slots"][:rows] = [row.sequence.request.adapter_slot for row in plan.decode]
     fields["sample_slots"][:rows] = slots
-    fields["decode_pages"][:rows] = pages
+    np.take(plan.slot_pages, slots, axis=0, out=fields["decode_pages"][:rows], mode="clip")
 
 
 class _ChunkFiller:
@@ -214,32 +213,35 @@ def build_loss(window: LossWindow, rows: int) -> np.ndarray:
     return packed
 
 
-def build_samples(sequences: list[Sequence], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Integers and floats of the sampling head, for sequences in order."""
-    packed, fields = new_batch(sample_fields(rows))
-    floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
-    floats[1] = 1.0
-    count = len(sequences)
-    if not count:
+class SampleTable:
+    """Sampling options of the running requests, by slot; filled when a request is first sampled."""
+
+    def __init__(self, num_slots: int):
+        self._owners: list[Sequence | None] = [None] * num_slots
+        self._integers = np.zeros((3, num_slots), np.int32)
+        self._floats = np.zeros((len(SAMPLE_FLOATS), num_slots), np.float32)
+
+    def build(self, sequences: list[Sequence], rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Integers and floats of the sampling head, for sequences in order."""
+        packed, fields = new_batch(sample_fields(rows))
+        floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
+        floats[1] = 1.0
+        owners, slots = self._owners, [sequence.slot for sequence in sequences]
+        for slot, sequence in zip(slots, sequences, strict=True):
+            if owners[slot] is not sequence:
+                self._fill(slot, sequence)
+        count = len(sequences)
+        fields["slots"][:count] = slots
+        fields["output_index"][:count] = [s.num_sampled - 1 for s in sequences]
+        for row, name in enumerate(("top_k", "seeds", "wants")):
+            fields[name][:count] = self._integers[row, slots]
+        floats[:, :count] = self._floats[:, slots]
         return packed, floats
-    settings = [_sample_settings(sequence) for sequence in sequences]
-    integers, numbers = zip(*settings, strict=True)
-    fields["slots"][:count] = [sequence.slot for sequence in sequences]
-    fields["output_index"][:count] = [sequence.num_sampled - 1 for sequence in sequences]
-    columns = np.array(integers, np.int32).T
-    for name, values in zip(("top_k", "seeds", "wants"), columns, strict=True):
-        fields[name][:count] = values
-    floats[:, :count] = np.array(numbers, np.float32).T
-    return packed, floats
 
-
-def _sample_settings(sequence: Sequence) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """A request's constant integers and floats, worked out once."""
-    if sequence.sample_settings is None:
+    def _fill(self, slot: int, sequence: Sequence) -> None:
         params = sequence.request.params
         wants = WANTS_LOGPROBS if params.logprobs is not None else 0
         wants |= WANTS_PENALTIES if params.has_penalties else 0
-        integers = (min(params.top_k, 2**31 - 1), sequence.request.seed, wants)
-        floats = tuple(float(getattr(params, name)) for name in SAMPLE_FLOATS)
-        sequence.sample_settings = (integers, floats)
-    return sequence.sample_settings
+        self._integers[:, slot] = min(params.top_k, 2**31 - 1), sequence.request.seed, wants
+        self._floats[:, slot] = [getattr(params, name) for name in SAMPLE_FLOATS]
+        self._owners[slot] = sequence

@@ -384,6 +384,7 @@ class Engine(EngineLoop):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None | Sequence[str | None] = None,
+        slo: SLO | str | None = None,
     ) -> list[GenerationOutput]:
         """Answers prompts and waits for all of them.
 
@@ -391,6 +392,7 @@ class Engine(EngineLoop):
           prompts: One prompt or several.
           params: For all, or one each.
           adapter: Name of a loaded adapter for all, or one each; None for the base model.
+          slo: Latency targets of all, as in `add_request`.
 
         Returns:
           One output a prompt, in order.
@@ -411,7 +413,7 @@ class Engine(EngineLoop):
         outputs: list[RequestOutput] = []
         try:
             for prompt, one_params, name in zip(listed, all_params, names, strict=True):
-                outputs.append(self.add_request(prompt, one_params, adapter=name))  # type: ignore[arg-type]
+                outputs.append(self.add_request(prompt, one_params, adapter=name, slo=slo))  # type: ignore[arg-type]
             for output in outputs:
                 self.wait_for(output.finished, None, lambda: None)
         except BaseException:
@@ -424,14 +426,19 @@ class Engine(EngineLoop):
         return [output.result() for output in outputs]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        slo: SLO | str | None = None,
     ) -> Iterator[StreamPiece]:
         """Answers one prompt piece by piece; closing the iterator aborts the request.
 
         Raises:
           ValueError, CapacityError, AdapterNotFoundError: See `add_request`; raised by the call.
         """
-        return self._pieces(self.add_request(prompt, params, adapter=adapter))
+        return self._pieces(self.add_request(prompt, params, adapter=adapter, slo=slo))
 
     def _pieces(self, output: RequestOutput) -> Iterator[StreamPiece]:
         try:

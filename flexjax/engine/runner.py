@@ -18,7 +18,7 @@ import numpy as np
 from flexjax.autodiff.arena import init_arena
 from flexjax.cache.pages import init_pool
 from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig
-from flexjax.engine.batch import build_loss, build_samples, build_step
+from flexjax.engine.batch import SampleTable, build_loss, build_step
 from flexjax.engine.programs import Programs, scalar, set_compile_cache
 from flexjax.engine.sizing import Sizing
 from flexjax.layout import Bucket
@@ -123,6 +123,7 @@ class Runner:
         )
         self.max_rank = config.max_lora_rank
         self._page_size = config.page_size
+        self._sampling = SampleTable(config.max_running)
         self._jobs: dict[int, JobArrays] = {}
         self.programs = Programs(
             model, sizing.step, self.weights, self.bank, self.state, sizing.max_context_len
@@ -231,7 +232,7 @@ class Runner:
 
     def _run_sampling(self, sequences: list[Sequence]) -> SampleOutput:
         rows = next(n for n in self.sizing.ladder.decode if n >= len(sequences))
-        packed, floats = build_samples(sequences, rows)
+        packed, floats = self._sampling.build(sequences, rows)
         sample = self.programs["sample", rows]
         state, output = sample(self.weights, self.state.sample, packed, floats)
         self.state = self.state._replace(sample=state)

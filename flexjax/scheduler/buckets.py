@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 
@@ -13,7 +14,7 @@ def _at_least(sizes: tuple[int, ...], rows: int) -> int:
     """Smallest size that holds `rows`; 0 for none."""
     if rows == 0:
         return 0
-    return next(size for size in sizes if size >= rows)
+    return sizes[bisect.bisect_left(sizes, rows)]
 
 
 @dataclasses.dataclass(frozen=True)

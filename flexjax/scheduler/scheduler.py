@@ -89,6 +89,7 @@ class Scheduler:
         self._was_inference = False
         self._is_blocked = False
         self._prefilling: list[Sequence] = []
+        self._decoding: list[Sequence] = []
 
     # Requests and jobs.
 
@@ -136,7 +137,6 @@ class Scheduler:
             for now.
         """
         begin_s = now_s if begin_s is None else max(begin_s, now_s)
-        self._prefilling = [s for s in self.running if s.is_prefilling]
         turn = self.policy.turn(self._view(begin_s))
         plan = self._plan(turn, now_s)
         if plan.is_empty and not turn.inference and self.has_requests:
@@ -171,15 +171,46 @@ class Scheduler:
 
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
-        pace_ms = self._pace_ms(len(self.running) - len(self._prefilling))
+        pace_ms = self._pace_ms(len(self.running))
+        slack_ms = self._survey(begin_s, pace_ms / 1e3)
         return StepView(
-            slack_ms=_slack_ms(self.running, begin_s, pace_ms / 1e3),
+            slack_ms=slack_ms,
             is_urgent=self._is_urgent(begin_s, pace_ms),
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             has_finetuning=self.finetuning.has_work,
             finished_groups=self.finetuning.finished_groups,
         )
+
+    def _survey(self, begin_s: float, pace_s: float) -> float:
+        """Sorts the running requests into those that decode and those that prefill.
+
+        Once for each running request and iteration, so it does by hand what properties of
+        `Sequence` do.
+
+        Returns:
+          Milliseconds from `begin_s` to the earliest token that a decoding request is owed.
+        """
+        self._prefilling, self._decoding = [], []
+        least_s, infinity = math.inf, math.inf
+        for sequence in self.running:
+            num_tokens = len(sequence.tokens) + sequence.in_flight
+            if sequence.num_computed != num_tokens - 1 or num_tokens == sequence.prompt_len:
+                if sequence.num_computed < num_tokens:
+                    self._prefilling.append(sequence)
+                continue
+            if num_tokens >= sequence.max_tokens:
+                continue  # its last token is on its way
+            self._decoding.append(sequence)
+            if sequence.tpot_s == infinity:
+                continue
+            previous_s = sequence.last_token_s
+            if sequence.in_flight or previous_s is None:
+                previous_s = begin_s  # the step before ends with it
+            due_s = sequence.due_s(previous_s, pace_s)
+            if due_s < least_s:
+                least_s = due_s
+        return 1e3 * (least_s - begin_s)
 
     def _pace_ms(self, decode_rows: int) -> float:
         """Expected milliseconds of a step that only decodes."""
@@ -218,15 +249,10 @@ class Scheduler:
     def _plan_decode(self, plan: StepPlan, load: Load) -> None:
         decode, samples, page_size = plan.decode, plan.samples, self.pages.page_size
         read = 0
-        for sequence in list(self.running):
+        for sequence in self._decoding:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted for an older one
             num_tokens = len(sequence.tokens) + sequence.in_flight
-            if (
-                sequence.num_computed != num_tokens - 1
-                or num_tokens >= sequence.max_tokens
-                or num_tokens == sequence.prompt_len
-                or sequence.status is not SequenceStatus.RUNNING
-            ):
-                continue
             if len(sequence.pages) * page_size < num_tokens and not self._grow(
                 sequence, num_tokens
             ):
@@ -371,20 +397,3 @@ class Scheduler:
             assert row[row >= 0].tolist() == sequence.pages
         self.waiting.check_integrity()
         self.finetuning.check_integrity()
-
-
-def _slack_ms(running: list[Sequence], begin_s: float, pace_s: float) -> float:
-    """Milliseconds from `begin_s` to the earliest token that a decoding request is owed."""
-    least_s = math.inf
-    for sequence in running:
-        if sequence.tpot_s == math.inf or not sequence.is_decoding:
-            continue
-        if sequence.num_tokens >= sequence.max_tokens:
-            continue  # its last token is on its way
-        previous_s = sequence.last_token_s
-        if sequence.in_flight or previous_s is None:
-            previous_s = begin_s  # the step before ends with it
-        due_s = sequence.due_s(previous_s, pace_s)
-        if due_s < least_s:
-            least_s = due_s
-    return 1e3 * (least_s - begin_s)

@@ -53,7 +53,7 @@ class Sequence:
       prompt_len: Tokens of the prompt.
       max_tokens: Tokens at most, prompt included: what was asked for, or the context's length.
       tpot_s: Its target, infinite without one.
-      sample_settings: Integers and floats of its sampling that do not change; the batch's to fill.
+      itl_s: Its longest gap between two tokens.
     """
 
     request: GenerationRequest
@@ -71,7 +71,7 @@ class Sequence:
     prompt_len: int = 0
     max_tokens: int = 0
     tpot_s: float = math.inf
-    sample_settings: tuple[tuple[int, ...], tuple[float, ...]] | None = None
+    itl_s: float = math.inf
 
     @classmethod
     def from_request(cls, request: GenerationRequest, max_context_len: int) -> Sequence:
@@ -83,6 +83,7 @@ class Sequence:
             prompt_len=length,
             max_tokens=min(length + request.params.max_tokens, max_context_len),
             tpot_s=request.slo.tpot_s,
+            itl_s=request.slo.itl_s,
         )
 
     @property
@@ -119,20 +120,23 @@ class Sequence:
         """When the next token of a request that has some is due.
 
         Token j after the first is due j TPOTs after it, so that time saved on early tokens may be
-        spent on later ones; but never more than one TPOT after the token before, so that what was
-        saved is not spent on one long stall. What is late beyond catching up keeps the pace.
+        spent on later ones; but never more than the longest gap (`SLO.itl_ms`) after the token
+        before, so that what was saved is not spent on one long stall. What is late beyond catching
+        up keeps the pace.
 
         Args:
           previous_s: Clock of the token before; an estimate if the host has not read it.
           pace_s: Seconds of a step without finetuning, by which it is told whether a late request
             can catch up.
         """
-        tpot_s = self.tpot_s
-        first_s = previous_s if self.first_token_s is None else self.first_token_s
+        tpot_s, first_s = self.tpot_s, self.first_token_s
+        if first_s is None:
+            first_s = previous_s
         num_tokens = len(self.tokens) + self.in_flight
         on_schedule_s = first_s + (num_tokens - self.prompt_len) * tpot_s
         if on_schedule_s >= previous_s:
-            return min(on_schedule_s, previous_s + tpot_s)
+            longest_s = previous_s + self.itl_s
+            return longest_s if longest_s < on_schedule_s else on_schedule_s
         remaining = self.max_tokens - num_tokens
         is_lost = on_schedule_s + remaining * (tpot_s - pace_s) < previous_s
         return previous_s + tpot_s if is_lost else previous_s

@@ -84,6 +84,8 @@ class WaitingQueue:
 
     def heads(self) -> list[Sequence]:
         """The next request of each adapter that has one."""
+        if not self._num_waiting:
+            return []
         return [t.heap[0][2] for t in self._tenants.values() if self._is_waiting(t)]
 
     def _least_served(self) -> float:
@@ -97,6 +99,8 @@ class WaitingQueue:
         return bool(heap)
 
     def _next_tenant(self) -> Tenant | None:
+        if not self._num_waiting:
+            return None
         waiting = [t for t in self._tenants.values() if self._is_waiting(t)]
         return min(waiting, key=lambda t: (t.heap[0][0] != _FIRST, t.served), default=None)
 

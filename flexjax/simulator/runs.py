@@ -147,12 +147,7 @@ def simulate_replicas(
     for device in devices:
         own = dataclasses.replace(options, device=device)
         replicas.append(Simulator(profile, engine, copy.deepcopy(policy), jobs, own))
-    for request_id, arrival in enumerate(workload.arrivals):
-        if router == "least_loaded":  # the others need not know how far each has come
-            for replica in replicas:
-                replica.advance(arrival.arrival_s)
-        index = _route(router, request_id, arrival, replicas)
-        replicas[index].submit(request_id, arrival)
+    _share_out(workload, router, replicas)
     for replica in replicas:
         replica.run(measure_s, drain_s)
     end_s = max(replica.now_s for replica in replicas)
@@ -162,6 +157,14 @@ def simulate_replicas(
     about |= {"num_replicas": num_replicas, "router": router, **(header or {})}
     runs = tuple(r.run_record({**about, "replica": i}) for i, r in enumerate(replicas))
     return ReplicaRuns(_merge(runs, about), runs)
+
+
+def _share_out(workload: Workload, router: str, replicas: Sequence[Simulator]) -> None:
+    for request_id, arrival in enumerate(workload.arrivals):
+        if router == "least_loaded":  # the others need not know how far each has come
+            for replica in replicas:
+                replica.advance(arrival.arrival_s)
+        replicas[_route(router, request_id, arrival, replicas)].submit(request_id, arrival)
 
 
 def _route(router: str, number: int, arrival: Arrival, replicas: Sequence[Simulator]) -> int:

@@ -76,7 +76,7 @@ def test_bench_refuses_before_it_starts(flexjax, model_dir, data, arguments, mes
 
 
 @pytest.mark.slow
-def test_profile_measures_every_bucket_and_can_be_loaded(flexjax, model_dir, tmp_path):
+def test_profile_measures_every_bucket_and_can_be_loaded(flexjax, model_dir, data, tmp_path):
     path = tmp_path / "profile.json"
     given = ("--model", model_dir, *SIZES, "--contexts", 0.5, 1, "--repeats", 1)
     status, out, error = flexjax("profile", *given, "--output", path, "--json")
@@ -90,8 +90,9 @@ def test_profile_measures_every_bucket_and_can_be_loaded(flexjax, model_dir, tmp
     assert [counts["decode_kv_tokens"] for counts in reads] == [2 * 32, 2 * 64]
     assert all(row["ms"] > 0 and row["fitted_ms"] > 0 for row in summary["samples"])
     assert len(profile.samples) == len(summary["samples"])
-    status, out, error = flexjax("bench", "--model", model_dir, *SIZES, "--profile", path,
-                                 "--max-context-len", 128, "--kernels", "reference")  # fmt: skip
+    given = ("--model", model_dir, "--data", data, "--prompt-tokens", 8, "--output-tokens", 4)
+    more = ("--profile", path, "--kernels", "reference")
+    status, out, error = flexjax("bench", *given, *SIZES, *more)
     assert status == 2 and out == ""
     assert "`--profile` must fit the engine: `sizes.kernels` is None in the profile" in error
     assert profile.sizes["page_size"] == 16 and profile.sizes["ladder"]["chunk"] == [16]

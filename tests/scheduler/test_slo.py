@@ -144,6 +144,23 @@ def test_the_room_is_used():
     assert np.median(took) > 9.0
 
 
+def test_a_longer_gap_buys_larger_steps():
+    """With the mean kept: 9 ms a token, gaps of up to 14 ms."""
+    rows, means = [], []
+    for itl_ms in (None, 14.0):
+        world = Clock()
+        world.add_run([90] * 16, epochs=1000)
+        sequence = world.add(4, 100, SLO(tpot_ms=9.0, itl_ms=itl_ms))
+        world.until(1.0)
+        times = world.times[sequence]
+        assert sequence.status is SequenceStatus.FINISHED
+        assert max(gaps_ms(times)) <= (itl_ms or 9.0) + 1e-6
+        means.append(np.mean(gaps_ms(times)))
+        rows.append(world.finetune_rows(times[0], times[-1]) / (times[-1] - times[0]))
+    assert max(means) <= 9.0 + 1e-6
+    assert rows[1] > 1.1 * rows[0]
+
+
 def test_finetuning_yields_within_one_iteration_and_comes_back():
     world = Clock()
     world.add_run([90] * 16, epochs=10_000)
@@ -273,6 +290,8 @@ def test_bad_input():
         SLO(tpot_ms=-1)
     with pytest.raises(ValueError, match="`ttft_ms` must be a number > 0 or None; got nan"):
         SLO(ttft_ms=math.nan)
+    with pytest.raises(ValueError, match="`itl_ms` must be at least `tpot_ms`, 20.0; got 10.0"):
+        SLO(tpot_ms=20.0, itl_ms=10.0)
     with pytest.raises(ValueError, match="`slo` must be an SLO or one of interactive, batch"):
         resolve_slo("urgent", "batch")
     with pytest.raises(ValueError, match="`slo` must be an SLO or one of interactive, batch"):

@@ -111,7 +111,7 @@ def test_the_paper_table_has_a_row_for_each_run():
         rates=(1.0, 5.0),
         policies=("co_serve", "inference_only"),
         duration_s=6.0,
-        drain_s=4.0,
+        drain_s=20.0,
         on_row=seen.append,
     )
     assert tuple(seen) == rows
@@ -125,7 +125,8 @@ def test_the_paper_table_has_a_row_for_each_run():
     assert light.retention == 1.0
     assert heavy.retention == heavy.forward_tokens_per_s / light.forward_tokens_per_s
     assert all(r.forward_tokens_per_s == 0 and r.retention is None for r in alone)
-    assert all(r.attainment == 1.0 for r in alone) and heavy.num_requests > light.num_requests
+    assert all(r.attainment >= 0.9 and 5 < r.tpot_ms < 10 for r in alone)
+    assert heavy.num_requests > light.num_requests
     text = paper.paper_markdown(rows)
     assert len(text.splitlines()) == 6 and "(2,352)" in text and "(99.0%)" in text
 

@@ -148,7 +148,14 @@ def test_the_same_seed_gives_the_same_run(profile):
         options = SimulationOptions(device=device)
         jobs = [endless_job()]
         return simulate(
-            make_workload(), profile, make_engine(), "co_serve", jobs, options=options, measure_s=2
+            make_workload(),
+            profile,
+            make_engine(),
+            "co_serve",
+            jobs,
+            options=options,
+            measure_s=2,
+            drain_s=0,
         )
 
     def facts(run):
