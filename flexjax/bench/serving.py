@@ -119,7 +119,7 @@ def run_workload(
     engine.set_policy(made)
     if forget:
         latency = engine.latency
-        latency._start(latency.coefficients)
+        latency.forget()
     run = _Run(engine, planned, horizon_s, drain_s)
     return run.record(fields, [_endless(config) for config in jobs])
 

@@ -194,6 +194,15 @@ class LatencyModel:
         self._step = 0
         self._high = [_HighQuantile(self._quantile, coefficients.noise) for _ in range(2)]
 
+    def forget(self) -> None:
+        """Goes back to the fit: corrections and errors are forgotten.
+
+        Raises:
+          RuntimeError: If the model has not been fitted.
+        """
+        self._start(self.coefficients)
+        self.reset_errors()
+
     @property
     def is_ready(self) -> bool:
         """Whether the model has been fitted."""
