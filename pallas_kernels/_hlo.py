@@ -83,8 +83,23 @@ def _computations(hlo: str) -> dict[str, list[_Instruction]]:
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
             root, name, shape, opcode, rest = found.groups()
+            if opcode == "fusion-start":  # newer versions run fusions of a loop asynchronously
+                opcode, shape = "fusion", _second_of_tuple(shape)
             current.append(_Instruction(name, shape, opcode, rest, root is not None))
     return computations
+
+
+def _second_of_tuple(shape: str) -> str:
+    """The result in "((operands), result, context)"."""
+    depth = 0
+    for end in range(1, len(shape)):
+        depth += (shape[end] in "([{") - (shape[end] in ")]}")
+        if shape[end] == "," and depth == 0:
+            break
+    rest = shape[end + 1 :].strip()
+    found = _ARRAY.match(rest)
+    assert found is not None, shape
+    return found[0]
 
 
 def _in_loops(computations: dict[str, list[_Instruction]]) -> set[str]:

@@ -22,7 +22,8 @@ from flexjax.scheduler.features import (
     StepFeatures,
     kind_of,
 )
-from flexjax.scheduler.latency_profile import LatencyProfile, fit_coefficients
+from flexjax.scheduler.latency_fit import fit_coefficients
+from flexjax.scheduler.latency_profile import LatencyProfile
 
 # The account of errors.
 

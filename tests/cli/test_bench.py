@@ -31,7 +31,7 @@ def test_bench_compares_policies_and_writes_what_it_found(flexjax, model_dir, da
     assert status == 0, error
     start, *rows, checks = [json.loads(line) for line in out.splitlines()]
     assert start["kind"] == "start" and start["idle_itl_s"] > 0 and start["capacity"] is None
-    assert start["targets"] == {"ttft_ms": 60000, "tpot_ms": 60000}
+    assert start["targets"] == {"ttft_ms": 60000, "tpot_ms": 60000, "itl_ms": None}
     assert [(row["policy"], row["rate"]) for row in rows] == [
         ("finetune_only", None), ("co_serve", 4), ("inference_only", 4), ("inference_only", 8),
         ("co_serve", 8),
