@@ -10,6 +10,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+OPS = (
+    "paged_attention",
+    "window_attention_backward",
+    "co_serve_attention",
+    "dual_matmul",
+    "grouped_lora",
+    "linear_cross_entropy",
+)
+"""Every op that has kernels, by the name of its package."""
+
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 """Largest allowed difference from the reference, relative to its largest value, by dtype."""
 

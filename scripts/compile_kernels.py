@@ -20,14 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-OPS = (
-    "paged_attention",
-    "window_attention_backward",
-    "co_serve_attention",
-    "dual_matmul",
-    "grouped_lora",
-    "linear_cross_entropy",
-)
+from pallas_kernels._cases import OPS
 
 
 def compile_case(op: str, index: int, implementation: str, device: str) -> dict[str, Any]:

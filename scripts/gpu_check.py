@@ -56,17 +56,9 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.weights import random_weights
 from flexjax.optim.sums import zero_sums
 from pallas_kernels import _platform
-from pallas_kernels._cases import Case
+from pallas_kernels._cases import OPS, Case
 from pallas_kernels.roofline import Cost, floor_s
 
-OPS = (
-    "paged_attention",
-    "window_attention_backward",
-    "co_serve_attention",
-    "dual_matmul",
-    "grouped_lora",
-    "linear_cross_entropy",
-)
 PARTS = ("numerics", "kernels", "steps", "engine")
 SHARES = {"numerics": 0.2, "kernels": 0.3, "steps": 0.3, "engine": 0.2}
 """Of the time that the whole check may take; a part that is early leaves the rest to the others."""

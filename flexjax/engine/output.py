@@ -173,11 +173,6 @@ class RequestOutput:
         self._finish_reason = reason
         self.finished.set()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self._token_ids)
-
     def _text(self, token_ids: list[int], reason: FinishReason | None) -> str:
         if self._stops:
             return self._stream.text

@@ -101,21 +101,6 @@ class Sequence:
         """Output tokens that exist."""
         return self.num_tokens - self.prompt_len
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether all but its newest token are computed, and that one is its own."""
-        num_tokens = len(self.tokens) + self.in_flight
-        return self.num_computed == num_tokens - 1 and num_tokens > self.prompt_len
-
-    @property
-    def is_prefilling(self) -> bool:
-        """Whether more than the newest token is still to be computed."""
-        num_tokens = len(self.tokens) + self.in_flight
-        computed = self.num_computed
-        return computed < num_tokens and not (
-            computed == num_tokens - 1 and num_tokens > self.prompt_len
-        )
-
     def due_s(self, previous_s: float, pace_s: float) -> float:
         """When the next token of a request that has some is due.
 

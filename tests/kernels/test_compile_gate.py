@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _platform, aot, roofline
+from pallas_kernels._cases import OPS
 from pallas_kernels._hlo import loop_copies
 
-OPS = (
-    "paged_attention",
-    "window_attention_backward",
-    "co_serve_attention",
-    "dual_matmul",
-    "grouped_lora",
-    "linear_cross_entropy",
-)
 DEVICES = ("h200", "a100")
 
 needs_plugin = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
