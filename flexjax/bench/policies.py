@@ -275,6 +275,43 @@ def run_sweep(
     return runs
 
 
+def run_capped(
+    engine: Engine,
+    settings: SweepSettings,
+    source: LoadSource,
+    jobs: Sequence[FinetuneConfig],
+    *,
+    header: Mapping[str, Any] | None = None,
+) -> list[RunRecord]:
+    """Runs inference alone, and co-serving with no gap to be longer than p99 of those it saw.
+
+    In a sweep finetuning may save up time for a long step, as far as `SLO.itl_ms` of its targets
+    allows; from these runs it can be read off what it gets done where it may not.
+
+    Returns:
+      Two records a rate and repeat, in the order in which they ran.
+
+    Raises:
+      ValueError, JobStateError: See `run_workload` and `LoadSource.workload`.
+    """
+    serving = {"horizon_s": settings.window_s, "drain_s": settings.drain_s}
+    runs = []
+    for repeat in range(settings.repeats):
+        seed = settings.seed + repeat
+        for rate in settings.rates:
+            workload = source.workload(rate, settings.window_s, seed)
+            fields: dict[str, Any] = {"rate": rate, "seed": seed, "header": header, **serving}
+            targets = settings.targets
+            for policy in ("inference_only", "co_serve"):
+                run = run_workload(
+                    engine, workload, policy=policy, jobs=jobs, targets=targets, **fields
+                )
+                gaps = [1e3 * gap for request in run.requests for gap in request.itl_s]
+                targets = dataclasses.replace(targets, itl_ms=percentile(gaps or [1.0], 99))
+                runs.append(run)
+    return runs
+
+
 def run_burst(
     engine: Engine,
     settings: SweepSettings,
@@ -282,20 +319,22 @@ def run_burst(
     jobs: Sequence[FinetuneConfig],
     burst: Burst,
     *,
+    policy: str = "co_serve",
     header: Mapping[str, Any] | None = None,
 ) -> RunRecord:
-    """Runs co-serving through a burst, as long again after it as it and what came before took.
+    """Runs a policy through a burst, as long after it as before.
 
     Raises:
       ValueError, JobStateError: See `run_workload` and `burst_arrivals`.
     """
-    seconds = 2 * (burst.start_s + burst.length_s)
+    seconds = 2 * burst.start_s + burst.length_s
     return run_workload(
         engine,
         source.burst(burst, seconds, settings.seed),
-        policy="co_serve",
+        policy=policy,
         jobs=jobs,
         targets=settings.targets,
+        rate=burst.base_rate,
         horizon_s=seconds,
         drain_s=settings.drain_s,
         seed=settings.seed,

@@ -12,7 +12,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,7 @@ def run_workload(
     seed: int = 0,
     forget: bool = False,
     header: Mapping[str, Any] | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
 ) -> RunRecord:
     """Runs a workload under a policy, in the calling thread, and leaves the engine idle.
 
@@ -94,6 +95,7 @@ def run_workload(
       forget: Whether the latency model forgets first what it learnt since its fit.
       header: Fields of the record's header, as `harness.header` gives them and "model"; None for
         those of this process.
+      on_step: Called with each step, as `Engine.on_step`.
 
     Returns:
       The record: requests, steps that inferred or trained, and optimizer steps.
@@ -120,7 +122,7 @@ def run_workload(
     if forget:
         latency = engine.latency
         latency.forget()
-    run = _Run(engine, planned, horizon_s, drain_s)
+    run = _Run(engine, planned, horizon_s, drain_s, on_step)
     return run.record(fields, [_endless(config) for config in jobs])
 
 
@@ -194,8 +196,10 @@ class _Run:
         planned: Sequence[_Planned],
         horizon_s: float | None,
         drain_s: float,
+        on_step: Callable[[StepEvent], None] | None,
     ):
         self._engine = engine
+        self._on_step = on_step
         self._waiting = collections.deque(planned)
         self._horizon_s = horizon_s
         self._drain_s = drain_s
@@ -211,7 +215,8 @@ class _Run:
             for config in jobs:
                 self._jobs.append(self._engine.finetune(config))
             gc.collect()
-            self._engine.on_step = lambda event: self._steps.append(_step_record(event))
+            gc.freeze()  # else every full collection goes through all of jax's objects
+            self._engine.on_step = self._take
             self._begin_s = time.perf_counter()
             self._drive()
             end_s = time.perf_counter()
@@ -227,6 +232,11 @@ class _Run:
             training=tuple(self._training(end_s)),
             measured_until_s=None if horizon_s is None else self._begin_s + horizon_s,
         )
+
+    def _take(self, event: StepEvent) -> None:
+        self._steps.append(_step_record(event))
+        if self._on_step is not None:
+            self._on_step(event)
 
     def _drive(self) -> None:
         """Sends requests and steps the engine until the run is over."""
@@ -283,6 +293,7 @@ class _Run:
 
     def _clean_up(self) -> None:
         """Ends what is left, so that the next run finds the engine idle."""
+        gc.unfreeze()
         engine = self._engine
         engine.on_step = None
         for job in self._jobs:
@@ -319,6 +330,8 @@ def _step_record(event: StepEvent) -> StepRecord:
         host_ms=event.host_ms,
         predicted_ms=event.predicted_ms,
         backward_target_tokens=_worth(event.plan.tile) if event.plan.tile else 0.0,
+        budget_ms=event.budget_ms,
+        planned_s=event.planned_s,
     )
 
 

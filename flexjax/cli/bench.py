@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from flexjax.bench.checks import Check, check_burst, check_sweep
+from flexjax.bench.checks import Check, attained_rates, check_burst, check_sweep
 from flexjax.bench.harness import header
 from flexjax.bench.policies import (
     DEFAULT_POLICIES,
@@ -24,9 +24,9 @@ from flexjax.bench.policies import (
     measure_idle_itl_s,
     median_rows,
     run_burst,
+    run_capped,
     run_sweep,
     save_run,
-    tier_of,
 )
 from flexjax.cli.bench_options import _GENERATED_OUTPUT, _GENERATED_PROMPT, BenchOptions
 from flexjax.cli.common import check_output, make_console, print_json, running
@@ -44,7 +44,7 @@ from flexjax.scheduler.policy import make_policy
 from flexjax.slo import SLO
 from flexjax.workload import IndependentLengths, UniformLength, read_trace, scale_lengths
 
-RUNS_FILE, BURST_FILE = "runs.jsonl", "burst.jsonl"
+RUNS_FILE, CAPPED_FILE, BURST_FILE = "runs.jsonl", "capped.jsonl", "burst.jsonl"
 CHECKS_FILE, TABLE_FILE = "checks.json", "table.md"
 
 _BURST_FACTOR = 10.0
@@ -75,7 +75,7 @@ def run(options: BenchOptions) -> None:
 
 def _check(options: BenchOptions) -> None:
     """Refuses now what would only fail after the engine has started."""
-    for name in ("ttft_ms", "tpot_factor", "seconds"):
+    for name in ("ttft_ms", "tpot_factor", "seconds", "burst_seconds"):
         if getattr(options, name) <= 0:
             flag = name.replace("_", "-")
             raise ValueError(f"`--{flag}` must be above 0; got {getattr(options, name)}.")
@@ -84,6 +84,8 @@ def _check(options: BenchOptions) -> None:
         if value is not None and value < least:
             flag = name.replace("_", "-")
             raise ValueError(f"`--{flag}` must be at least {least}; got {value}.")
+    if options.itl_factor < 1:
+        raise ValueError(f"`--itl-factor` must be at least 1; got {options.itl_factor}.")
     for name in options.policies or ():
         make_policy(name)
     tpot_ms = 1.0 if options.tpot_ms is None else options.tpot_ms
@@ -202,7 +204,7 @@ class _Bench:
         options, folder = self._options, self._options.output
         settings = self._measured_settings()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (RUNS_FILE, BURST_FILE, CHECKS_FILE, TABLE_FILE):
+        for name in (RUNS_FILE, CAPPED_FILE, BURST_FILE, CHECKS_FILE, TABLE_FILE):
             (folder / name).unlink(missing_ok=True)
         runs = run_sweep(
             self._engine,
@@ -214,9 +216,10 @@ class _Bench:
         )
         checks: tuple[Check, ...] = ()
         if "co_serve" in settings.policies:
-            checks = check_sweep(runs, settings.tier)
+            capped = self._capped(settings) if options.gaps else []
+            checks = check_sweep(runs, settings.tier, capped)
         if options.burst:
-            checks += (self._burst(settings),)
+            checks += (self._burst(settings, runs),)
         rows = median_rows(self._summaries)
         (folder / TABLE_FILE).write_text(markdown_table(rows), encoding="utf-8")
         listed = [check.as_dict() for check in checks]
@@ -244,7 +247,8 @@ class _Bench:
             count = 3 * engine.config.max_running
             capacity = measure_capacity(engine, self._source, num_requests=count, seed=options.seed)
             rates = tuple(float(f"{share * capacity:.3g}") for share in DEFAULT_SHARES)
-        targets = SLO(ttft_ms=options.ttft_ms, tpot_ms=tpot_ms)
+        itl_ms = options.itl_factor * tpot_ms
+        targets = SLO(ttft_ms=options.ttft_ms, tpot_ms=tpot_ms, itl_ms=itl_ms)
         found = {"idle_itl_s": idle_s, "capacity": capacity}
         self._header = {**self._header, "measured": found}
         if options.json:
@@ -274,16 +278,32 @@ class _Bench:
                 flush=True,
             )
 
-    def _burst(self, settings: SweepSettings) -> Check:
-        burst = Burst(
-            settings.rates[0], _BURST_FACTOR, settings.window_s / 4, settings.window_s / 4
+    def _capped(self, settings: SweepSettings) -> list[RunRecord]:
+        """Runs of which the gaps between tokens are compared."""
+        parts = (self._engine, settings, self._source, self._jobs)
+        runs = run_capped(*parts, header=self._header)
+        for run in runs:
+            save_run(self._options.output / CAPPED_FILE, run, settings.tier)
+        return runs
+
+    def _burst(self, settings: SweepSettings, runs: list[RunRecord]) -> Check:
+        """A burst up to the highest load that inference alone answers in time."""
+        tier = settings.tier
+        highest = max(attained_rates(runs, tier), default=settings.rates[0])
+        seconds = self._options.burst_seconds
+        burst = Burst(highest / _BURST_FACTOR, _BURST_FACTOR, seconds / 4, seconds)
+        parts = (self._engine, settings, self._source, self._jobs, burst)
+        found = {}
+        for policy in ("inference_only", "co_serve"):
+            found[policy] = run = run_burst(*parts, policy=policy, header=self._header)
+            save_run(self._options.output / BURST_FILE, run, tier)
+        return check_burst(
+            found["co_serve"],
+            tier,
+            start_s=burst.start_s,
+            length_s=burst.length_s,
+            baseline=found["inference_only"],
         )
-        run = run_burst(
-            self._engine, settings, self._source, self._jobs, burst, header=self._header
-        )
-        tier = tier_of(settings.targets)
-        save_run(self._options.output / BURST_FILE, run, tier)
-        return check_burst(run, tier, start_s=burst.start_s, length_s=burst.length_s)
 
 
 def _plain(options: BenchOptions) -> dict[str, Any]:

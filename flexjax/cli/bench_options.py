@@ -114,6 +114,14 @@ class BenchOptions(EngineSizeOptions):
         float,
         _option(_TARGETS, "The same, over the time per token of a request that is alone"),
     ] = 3.0
+    itl_factor: Annotated[
+        float,
+        _option(
+            _TARGETS,
+            "Longest gap between two tokens that co-serving may make of time it saved, over the "
+            "TPOT target; 1 caps every gap at it",
+        ),
+    ] = 4.0
     policies: Annotated[list[str] | None, _option(_RUNS, "Policies to compare (default: all)")] = (
         None
     )
@@ -124,7 +132,18 @@ class BenchOptions(EngineSizeOptions):
     repeats: Annotated[int, _option(_RUNS, "Times that everything is run")] = 1
     burst: Annotated[
         bool,
-        _option(_RUNS, "Also co-serve through ten times the lowest load", "--burst/--no-burst"),
+        _option(
+            _RUNS,
+            "Also co-serve through ten times a load, up to the highest that is in time",
+            "--burst/--no-burst",
+        ),
+    ] = True
+    burst_seconds: Annotated[float, _option(_RUNS, "Seconds of that burst")] = 20.0
+    gaps: Annotated[
+        bool,
+        _option(
+            _RUNS, "Also compare gaps between tokens where they are capped", "--gaps/--no-gaps"
+        ),
     ] = True
     seed: Annotated[int, _option(_RUNS, "Seed of arrivals, lengths and prompts")] = 0
     profile: Annotated[

@@ -16,6 +16,7 @@ from flexjax.layout import (
     step_fields,
     unpack,
 )
+from flexjax.scheduler.features import decode_kv
 from flexjax.scheduler.plan import BackwardTile, ForwardPiece, LossWindow, PrefillChunk, StepPlan
 from flexjax.scheduler.sequence import Sequence
 from flexjax.scheduler.training import Group
@@ -67,10 +68,12 @@ def build_full_step(
     packed, size = build_idle_step(bucket, sizing.step), sizing.page_size
     fields = unpack(packed, step_fields(bucket, sizing.step))
     pages = np.arange(-(-context // size)) % sizing.num_pages
+    reads = sizing.ladder.reads
     if bucket.decode:
         fields["positions"][:] = context - 1
         fields["decode_pages"][:, : len(pages)] = pages
-        return packed, {"decode_kv_tokens": bucket.decode * context}
+        contexts = [context] * bucket.decode
+        return packed, {"decode_kv_tokens": decode_kv(contexts, bucket.decode, reads)}
     rows = min(bucket.chunk + bucket.window, context)
     positions = np.arange(context - rows, context)
     kind = "chunk" if bucket.chunk else "tile"
@@ -81,6 +84,8 @@ def build_full_step(
     fields[f"{kind}_segments"][:rows] = 0
     fields["positions" if bucket.chunk else "tile_positions"][:rows] = positions
     pairs = int((positions + 1).sum())
+    if reads:
+        pairs = (bucket.chunk + bucket.window) * reads.keys(len(pages))
     if bucket.chunk:
         return packed, {"chunk_kv_pairs": pairs}
     return packed, {"tile_kv_pairs": pairs * bucket.tile_layers}

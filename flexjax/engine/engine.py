@@ -86,9 +86,11 @@ class StepEvent:
     Attributes:
       plan: What it held.
       features: What its time depends on.
+      planned_s: Clock when planning began.
       begin_s: Clock when the device could begin: launched, and the step before done.
       end_s: Clock when the host saw that it was done.
       predicted_ms: Expected milliseconds, before the step was measured.
+      budget_ms: The same as a high quantile, which is held against latency targets.
       schedule_ms: Milliseconds that planning took.
       host_ms: Milliseconds of the host's work in the iteration that launched the step: planning,
         batch building, dispatch, and taking in the results of the step before, without waiting.
@@ -98,9 +100,11 @@ class StepEvent:
 
     plan: StepPlan
     features: StepFeatures
+    planned_s: float
     begin_s: float
     end_s: float
     predicted_ms: float
+    budget_ms: float
     schedule_ms: float
     host_ms: float
     idle_ms: float
@@ -494,6 +498,7 @@ class Engine(EngineLoop):
             was_done = previous is not None and previous.is_done
             handle = self._runner.launch(plan)
             launched_s = time.perf_counter()
+            handle.planned_s = now_s
             handle.schedule_ms = 1e3 * (planned_s - now_s)
             if previous is not None and previous.is_done:
                 handle.idle_ms = 1e3 * (launched_s - (now_s if was_done else planned_s))
@@ -551,9 +556,11 @@ class Engine(EngineLoop):
         event = StepEvent(
             plan=handle.plan,
             features=handle.features,
+            planned_s=handle.planned_s,
             begin_s=begin_s,
             end_s=end_s,
             predicted_ms=self.latency.predict(handle.features),
+            budget_ms=self.latency.predict_high(handle.features),
             schedule_ms=handle.schedule_ms,
             host_ms=handle.host_ms,
             idle_ms=handle.idle_ms,

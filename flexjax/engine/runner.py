@@ -64,6 +64,7 @@ class Handle:
       optimizer_stats: Device statistics of each optimizer step of the plan.
       eval_losses: Device loss sums of each evaluation that ended.
       launched_s: Clock at launch.
+      planned_s: Clock when planning began.
       schedule_ms: Milliseconds that planning took.
       host_ms: Milliseconds of all the host's work in the iteration, without waiting.
       idle_ms: Milliseconds that the device may have waited for this step.
@@ -77,6 +78,7 @@ class Handle:
     optimizer_stats: list[tuple[OptimizerStep, StepStats]]
     eval_losses: list[tuple[EvalResult, jax.Array]]
     launched_s: float
+    planned_s: float = 0.0
     schedule_ms: float = 0.0
     host_ms: float = 0.0
     idle_ms: float = 0.0

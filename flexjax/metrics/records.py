@@ -136,6 +136,9 @@ class StepRecord:
       predicted_ms: What the latency model expected before the step, or None.
       backward_target_tokens: Loss-bearing tokens that the backward tile is worth: its rows that
         bear loss times the share of the backward pass's layers that it goes through.
+      budget_ms: What the step was planned to stay within, or None: the prediction that is held
+        against latency targets, a high quantile.
+      planned_s: When it was decided what the step holds; None where nobody noted it.
 
     Raises:
       ValueError: If a count is negative, more rows are used than compiled, or a time runs back.
@@ -154,6 +157,8 @@ class StepRecord:
     host_ms: float
     predicted_ms: float | None = None
     backward_target_tokens: float = 0.0
+    budget_ms: float | None = None
+    planned_s: float | None = None
 
     def __post_init__(self) -> None:
         is_right = -math.inf < self.begin_s <= self.end_s < math.inf

@@ -9,12 +9,42 @@ import itertools
 from flexjax.config import EngineConfig
 from flexjax.layout import Bucket
 
+_KEYS_PER_BLOCK = 128
+
 
 def _at_least(sizes: tuple[int, ...], rows: int) -> int:
     """Smallest size that holds `rows`; 0 for none."""
     if rows == 0:
         return 0
     return sizes[bisect.bisect_left(sizes, rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseReads:
+    """Attention in which all rows of a kind meet every key that any of them needs.
+
+    So does the reference implementation: its time follows rows times keys listed, not tokens seen.
+
+    Attributes:
+      page_size: Tokens of a page.
+      block_pages: Pages that are read at once.
+    """
+
+    page_size: int
+    block_pages: int
+
+    @classmethod
+    def of(cls, page_size: int) -> DenseReads:
+        """What `pallas_kernels.paged_attention.reference` does, which is not imported for it."""
+        return cls(page_size, max(1, _KEYS_PER_BLOCK // page_size))
+
+    def pages(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens of a sequence."""
+        return -(-num_tokens // self.page_size)
+
+    def keys(self, num_pages: int) -> int:
+        """Keys that every row meets, when so many pages are listed."""
+        return -(-num_pages // self.block_pages) * self.block_pages * self.page_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +57,7 @@ class BucketLadder:
       window: Backward rows.
       tile_layers: Layers of a tile.
       last_tile_layers: Layers of the lowest tile, where `tile_layers` does not divide L.
+      reads: How rows meet keys; None where each meets just those that it sees.
     """
 
     decode: tuple[int, ...]
@@ -34,9 +65,12 @@ class BucketLadder:
     window: tuple[int, ...]
     tile_layers: int
     last_tile_layers: int
+    reads: DenseReads | None = None
 
     @classmethod
-    def from_config(cls, config: EngineConfig, num_layers: int) -> BucketLadder:
+    def from_config(
+        cls, config: EngineConfig, num_layers: int, reads: DenseReads | None = None
+    ) -> BucketLadder:
         """Derives the ladder from the engine's configuration.
 
         Raises:
@@ -59,7 +93,7 @@ class BucketLadder:
             )
         last = num_layers % tile_layers or tile_layers
         chunk, window = tuple(config.chunk_buckets), tuple(config.window_buckets)
-        return cls(tuple(decode), chunk, window, tile_layers, last)
+        return cls(tuple(decode), chunk, window, tile_layers, last, reads)
 
     @property
     def max_decode(self) -> int:

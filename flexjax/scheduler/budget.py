@@ -6,9 +6,18 @@ import dataclasses
 import math
 from typing import Protocol, runtime_checkable
 
-from flexjax.scheduler.buckets import BucketLadder
+from flexjax.scheduler.buckets import BucketLadder, DenseReads
 from flexjax.scheduler.features import StepFeatures
 from flexjax.scheduler.policy import Turn
+from flexjax.scheduler.training import Group
+
+_WORTH = 0.75
+"""Share of the best mix's work per added millisecond that another must reach to be taken."""
+
+_GROWTH = 1.01
+"""Time that a later step may have, over that of this one, from which on it is worth waiting."""
+
+_LEAST_ADDED_MS = 1e-3
 
 
 @runtime_checkable
@@ -33,11 +42,15 @@ class Load:
       prefill_rows: Prefill rows.
       decode_kv_tokens: Tokens that the decode rows read, summed over rows.
       prefill_kv_pairs: Tokens that the prefill rows read, summed over rows.
+      prefill_pages: Pages that hold them.
       sample_rows: Sequences that get a token.
       forward_rows: Finetuning rows that could go forward.
       forward_kv_tokens: Tokens that one of them reads, on average.
+      forward_groups: Groups that they are of, in order.
       tile_rows: Rows of the next backward tile if nothing limits it; 0 without one.
       tile_kv_tokens: Tokens that one of them reads, on average.
+      tile_group: The group that they are of.
+      tile_end: End of the tile among the group's rows.
       tile_layers: Layers of the tile.
       has_loss: Whether the tile begins with the loss of its rows.
     """
@@ -46,11 +59,15 @@ class Load:
     prefill_rows: int = 0
     decode_kv_tokens: int = 0
     prefill_kv_pairs: int = 0
+    prefill_pages: int = 0
     sample_rows: int = 0
     forward_rows: int = 0
     forward_kv_tokens: float = 0.0
+    forward_groups: tuple[Group, ...] = ()
     tile_rows: int = 0
     tile_kv_tokens: float = 0.0
+    tile_group: Group | None = None
+    tile_end: int = 0
     tile_layers: int | None = None
     has_loss: bool = False
 
@@ -60,6 +77,14 @@ class Load:
             self.decode_rows, self.prefill_rows + forward_rows, tile_rows, self.tile_layers
         )
         has_loss = self.has_loss and tile_rows > 0
+        if ladder.reads:
+            keys = ladder.reads.keys(self._chunk_pages(forward_rows, ladder.reads))
+            chunk_kv_pairs = bucket.chunk * keys
+            keys = ladder.reads.keys(self._tile_pages(tile_rows, ladder.reads))
+            tile_kv_pairs = bucket.window * keys
+        else:
+            chunk_kv_pairs = self.prefill_kv_pairs + int(forward_rows * self.forward_kv_tokens)
+            tile_kv_pairs = int(tile_rows * self.tile_kv_tokens)
         return StepFeatures(
             bucket=bucket,
             decode_rows=self.decode_rows,
@@ -67,12 +92,27 @@ class Load:
             forward_rows=forward_rows,
             backward_rows=tile_rows,
             decode_kv_tokens=self.decode_kv_tokens,
-            chunk_kv_pairs=self.prefill_kv_pairs + int(forward_rows * self.forward_kv_tokens),
-            tile_kv_pairs=int(tile_rows * self.tile_kv_tokens) * bucket.tile_layers,
+            chunk_kv_pairs=chunk_kv_pairs,
+            tile_kv_pairs=tile_kv_pairs * bucket.tile_layers,
             sample_rows=ladder.padded_decode(self.sample_rows),
             num_losses=int(has_loss),
             loss_rows=bucket.window if has_loss else 0,
         )
+
+    def _chunk_pages(self, forward_rows: int, reads: DenseReads) -> int:
+        """Pages that the prefill rows see, and as many forward rows."""
+        pages, left = self.prefill_pages, forward_rows
+        for group in self.forward_groups:
+            length = min(left, group.num_rows - group.forward_end)
+            pages += group.pages_read(group.forward_end, length, reads.page_size)
+            left -= length
+        return pages + reads.pages(left)
+
+    def _tile_pages(self, tile_rows: int, reads: DenseReads) -> int:
+        if self.tile_group is None:
+            return reads.pages(tile_rows)
+        start = self.tile_end - tile_rows
+        return self.tile_group.pages_read(start, tile_rows, reads.page_size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,11 +136,16 @@ class FinetuneBudget:
 def choose_mix(
     load: Load, turn: Turn, ladder: BucketLadder, latency: StepPredictor
 ) -> FinetuneBudget:
-    """The finetuning rows that fit a turn: as many as there is use for.
+    """The finetuning rows of a step: as many as fit, or none where waiting gets more done.
 
-    A tile that is ready comes first: mixes without one are taken only where none with one fits,
-    because a backward pass that waits holds pages, and forward rows alone end nothing. Among mixes
-    with as many useful rows the quickest is taken.
+    A tile that is ready comes first: mixes without one are taken only where none with one could
+    ever fit, because a backward pass that waits holds pages, and forward rows alone end nothing.
+
+    Large mixes train more in a millisecond than small ones, and time that a step leaves free is
+    there for a later one, up to `Turn.reach_ms`. So the time that a mix adds has a price: what the
+    best of the mixes that save up for their time would make of it, nearly. Of the mixes that fit
+    now, the one that is worth most beyond that price is taken, if one is. Rows are worth what they
+    take in the largest buckets.
 
     Args:
       load: What the step holds already, and what finetuning has to offer.
@@ -113,43 +158,70 @@ def choose_mix(
     widest = int(share * ladder.max_window)
     if turn.max_ms == math.inf and turn.max_rows is None:
         return FinetuneBudget(max(room, 0), widest)
-    best = _largest(load, turn, ladder, latency, room, widest) if load.tile_rows else None
-    if best is None or not best.backward_rows:
-        best = _largest(load, turn, ladder, latency, room, 0)
-    return best
+    tiles = sorted({min(w, load.tile_rows, widest) for w in ladder.window} - {0})
+    sizes = {max(0, min(c - load.prefill_rows, load.forward_rows, room)) for c in ladder.chunk}
+    forwards = sorted(sizes | {0})
+    choice = _best(load, turn, ladder, latency, tiles, forwards) if tiles else None
+    if choice is None:
+        choice = _best(load, turn, ladder, latency, [0], forwards)
+    return choice or FinetuneBudget(0, 0)
 
 
-def _largest(
+def _best(
     load: Load,
     turn: Turn,
     ladder: BucketLadder,
     latency: StepPredictor,
-    room: int,
-    widest: int,
-) -> FinetuneBudget:
-    """The mix of most useful rows; with a tile if `widest` allows one and any such mix fits."""
-    best, best_key = FinetuneBudget(0, 0), (0, 0.0)
-    tiles = sorted({min(w, load.tile_rows, widest) for w in ladder.window}) if widest else [0]
-    forwards = {
-        max(0, min(chunk - load.prefill_rows, load.forward_rows, room)) for chunk in ladder.chunk
-    }
+    tiles: list[int],
+    forwards: list[int],
+) -> FinetuneBudget | None:
+    """The best mix of these sizes; empty to wait for a better one, None if none will ever fit."""
+    reach_ms = turn.max_ms if turn.reach_ms is None else max(turn.reach_ms, turn.max_ms)
+    can_grow = reach_ms > _GROWTH * turn.max_ms
+    values = _row_values(load, ladder, latency)
+    base_ms = _without_finetuning_ms(load, ladder, latency)
+    found: list[tuple[FinetuneBudget, float, float, float]] = []
+    price = 0.0
     for tile in tiles:
-        for forward in sorted(forwards | {0}):
+        for forward in forwards:
             mix = FinetuneBudget(forward, tile)
             if turn.max_rows is not None:
                 mix = _within_rows(mix, turn.max_rows)
-            if mix.rows < best_key[0] or (widest and not mix.backward_rows) or not mix.rows:
+            if not mix.rows or (tile and not mix.backward_rows):
                 continue
-            ms = 0.0
-            if turn.max_ms < math.inf:
-                features = load.features(ladder, mix.forward_rows, mix.backward_rows)
-                ms = latency.predict_high(features)
-                if ms > turn.max_ms:
-                    break  # more forward rows only take longer
-            key = (mix.rows, -ms)
-            if key > best_key:
-                best, best_key = mix, key
+            ms = latency.predict_high(load.features(ladder, mix.forward_rows, mix.backward_rows))
+            if ms > reach_ms:
+                break  # more forward rows only take longer
+            value = mix.forward_rows * values[0] + mix.backward_rows * values[1]
+            added_ms = max(ms - base_ms, _LEAST_ADDED_MS)
+            if can_grow and ms > turn.mean_ms:
+                price = max(price, _WORTH * value / added_ms)
+            found.append((mix, value, added_ms, ms))
+    if not found:
+        return None
+    best, best_key = FinetuneBudget(0, 0), (0.0, 0.0)
+    for mix, value, added_ms, ms in found:
+        key = (value - price * added_ms, -ms)
+        if ms <= turn.max_ms and key > best_key:
+            best, best_key = mix, key
     return best
+
+
+def _row_values(load: Load, ladder: BucketLadder, latency: StepPredictor) -> tuple[float, float]:
+    """Milliseconds of a forward row and of a backward row, alone in the largest buckets."""
+    rows = ladder.max_chunk
+    forward = latency.predict(Load().features(ladder, rows, 0)) / rows
+    if not load.tile_rows:
+        return forward, 0.0
+    rows = ladder.max_window
+    alone = Load(tile_layers=load.tile_layers, has_loss=load.has_loss)
+    return forward, latency.predict(alone.features(ladder, 0, rows)) / rows
+
+
+def _without_finetuning_ms(load: Load, ladder: BucketLadder, latency: StepPredictor) -> float:
+    if not load.decode_rows + load.prefill_rows:
+        return 0.0
+    return latency.predict_high(load.features(ladder, 0, 0))
 
 
 def _within_rows(mix: FinetuneBudget, max_rows: int) -> FinetuneBudget:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from flexjax.layout import Bucket
-from flexjax.scheduler.buckets import BucketLadder
+from flexjax.scheduler.buckets import BucketLadder, DenseReads
 from flexjax.scheduler.plan import StepPlan
 
 LEAST_MS = 1e-3
@@ -36,7 +36,8 @@ class StepFeatures:
       prefill_rows: Prefill rows that are not padding.
       forward_rows: Finetuning forward rows that are not padding.
       backward_rows: Rows of the backward tile that are not padding.
-      decode_kv_tokens: Context tokens that decode rows read, summed over rows.
+      decode_kv_tokens: Context tokens that decode rows read, summed over rows; this and the next
+        two with padding, where attention computes it (`BucketLadder.reads`).
       chunk_kv_pairs: Tokens attended, summed over prefill and finetuning forward rows.
       tile_kv_pairs: Tokens attended, summed over the tile's rows and over its layers.
       sample_rows: Rows of the sampling head.
@@ -96,23 +97,20 @@ def features_of(
     """
     bucket = EMPTY_BUCKET if bucket is None else bucket
     decode_rows, tile = len(plan.decode), plan.tile
-    prefill_rows = forward_rows = chunk_pairs = 0
-    for chunk in plan.prefill:
-        prefill_rows += chunk.length
-        chunk_pairs += causal_pairs(chunk.start, chunk.length)
-    for piece in plan.forward:
-        forward_rows += piece.length
-        chunk_pairs += _stream_pairs(piece.group.positions, piece.start, piece.length)
+    prefill_rows = sum(chunk.length for chunk in plan.prefill)
+    forward_rows = sum(piece.length for piece in plan.forward)
     backward_rows = tile.length if tile else 0
     rows = (decode_rows, prefill_rows + forward_rows, backward_rows)
     if rows[0] > bucket.decode or rows[1] > bucket.chunk or rows[2] > bucket.window:
         raise ValueError(f"`bucket` must hold the plan's {rows} rows; got {bucket}.")
-    tile_pairs = 0
-    if tile:
-        pairs = _stream_pairs(tile.group.positions, tile.start, tile.length)
-        tile_pairs = tile.num_layers * pairs
+    reads = ladder.reads if ladder else None
+    if reads:
+        chunk_pairs, tile_pairs = _dense_pairs(plan, bucket, reads)
+    else:
+        chunk_pairs, tile_pairs = _seen_pairs(plan)
     if decode_kv_tokens is None:
-        decode_kv_tokens = decode_rows + sum([row.position for row in plan.decode])
+        contexts = [row.position + 1 for row in plan.decode]
+        decode_kv_tokens = decode_kv(contexts, bucket.decode, reads)
     return StepFeatures(
         bucket=bucket,
         decode_rows=decode_rows,
@@ -127,6 +125,41 @@ def features_of(
         loss_rows=sum(_padded(w.length, ladder.window if ladder else None) for w in plan.losses),
         num_optimizer_steps=len(plan.optimizer_steps),
     )
+
+
+def decode_kv(contexts: Sequence[int], padded_rows: int, reads: DenseReads | None) -> int:
+    """Context tokens that decode rows read, summed over rows.
+
+    Args:
+      contexts: Tokens that each row sees.
+      padded_rows: Rows of the bucket.
+      reads: As `BucketLadder.reads`.
+    """
+    if reads is None or not contexts:
+        return sum(contexts)
+    return padded_rows * reads.keys(reads.pages(max(contexts)))
+
+
+def _dense_pairs(plan: StepPlan, bucket: Bucket, reads: DenseReads) -> tuple[int, int]:
+    size, tile = reads.page_size, plan.tile
+    pages = sum(reads.pages(chunk.start + chunk.length) for chunk in plan.prefill)
+    pages += sum(p.group.pages_read(p.start, p.length, size) for p in plan.forward)
+    chunk_pairs = bucket.chunk * reads.keys(pages)
+    if tile is None:
+        return chunk_pairs, 0
+    pages = tile.group.pages_read(tile.start, tile.length, size)
+    return chunk_pairs, tile.num_layers * bucket.window * reads.keys(pages)
+
+
+def _seen_pairs(plan: StepPlan) -> tuple[int, int]:
+    chunk_pairs = sum(causal_pairs(chunk.start, chunk.length) for chunk in plan.prefill)
+    for piece in plan.forward:
+        chunk_pairs += _stream_pairs(piece.group.positions, piece.start, piece.length)
+    tile = plan.tile
+    if tile is None:
+        return chunk_pairs, 0
+    pairs = _stream_pairs(tile.group.positions, tile.start, tile.length)
+    return chunk_pairs, tile.num_layers * pairs
 
 
 def _stream_pairs(positions: np.ndarray, start: int, length: int) -> int:

@@ -78,12 +78,15 @@ class FinetunePlanner:
         """Writes into a load what finetuning could add to it; begins batches that are due."""
         order = sorted(self.runs, key=lambda run: run.service_rows)
         rows = read = 0
+        groups = []
         for run in order:
             run.refill()
             for group in run.active_groups[:_GROUPS_UNDER_WAY]:
                 left = group.num_rows - group.forward_end
                 rows += left
                 read += left * group.mean_context
+                groups.append(group)
+        load.forward_groups = tuple(groups)
         load.forward_rows = rows
         load.forward_kv_tokens = read / rows if rows else 0.0
         load.tile_rows = 0
@@ -91,22 +94,24 @@ class FinetunePlanner:
             group = run.groups[0] if run.groups else None
             if group is None or not group.is_placed or not group.in_backward:
                 continue
-            load.tile_rows, top = self._next_tile(group)
+            load.tile_rows, load.tile_end, top = self._next_tile(group)
+            load.tile_group = group
             load.tile_kv_tokens = group.mean_context
             load.tile_layers = self._ladder.tile_below(top)
             load.has_loss = top == self._num_layers
             return
 
-    def _next_tile(self, group: Group) -> tuple[int, int]:
-        """Rows of a group's next tile if only buckets limit it, and the layer it begins under."""
-        rows, top = min(self._ladder.max_window, group.backward_start or group.num_rows), group.top
+    def _next_tile(self, group: Group) -> tuple[int, int, int]:
+        """Rows of a group's next tile if only buckets limit it, its end, and the layer above it."""
+        end, top = group.backward_start or group.num_rows, group.top
         if self._is_window_major:
             if group.window is not None:
-                return group.window[1], top
+                return group.window[1], sum(group.window), top
             top = self._num_layers
         elif group.backward_start == 0:
             top -= self._ladder.tile_below(top)
-        return min(rows, group.run.config.window or rows), top
+        rows = min(self._ladder.max_window, end)
+        return min(rows, group.run.config.window or rows), end, top
 
     @property
     def num_kv_pages(self) -> int:

@@ -18,6 +18,8 @@ class StepView:
     Attributes:
       slack_ms: Milliseconds from the step's expected begin to the earliest token that it owes a
         running request; infinite where none has a target.
+      reach_ms: What that could grow to, were finetuning to wait.
+      mean_ms: What steps may take on average; infinite where no request has a target.
       is_urgent: Whether a first token would come late if finetuning took its share.
       num_running: Requests with pages.
       num_waiting: Requests without.
@@ -26,6 +28,8 @@ class StepView:
     """
 
     slack_ms: float = math.inf
+    reach_ms: float = math.inf
+    mean_ms: float = math.inf
     is_urgent: bool = False
     num_running: int = 0
     num_waiting: int = 0
@@ -47,6 +51,9 @@ class Turn:
       finetuning: Whether it holds finetuning rows.
       max_ms: Expected milliseconds at most, for all that can wait: prefill chunks and finetuning.
         Decode rows are never held back.
+      reach_ms: What a later step may have as `max_ms`: finetuning waits for it where it would get
+        much more done in its time. None never to wait.
+      mean_ms: What steps may take on average: mixes that take less cost no later step anything.
       max_rows: Finetuning rows at most, forward and backward together; None for no limit.
       chunk_share: Share of the largest chunk and window buckets that finetuning may take; the rest
         is kept for prefill even if there is none. None for no such split.
@@ -55,6 +62,8 @@ class Turn:
     inference: bool = True
     finetuning: bool = True
     max_ms: float = math.inf
+    reach_ms: float | None = None
+    mean_ms: float = math.inf
     max_rows: int | None = None
     chunk_share: float | None = None
 
@@ -75,7 +84,10 @@ def _require(condition: bool, name: str, rule: str, value: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CoServe:
-    """Every step holds both: finetuning takes what the tightest latency target leaves free.
+    """Steps hold both: finetuning takes what the tightest latency target leaves free.
+
+    Where a large mix gets more done in its time than small ones, steps without finetuning save the
+    time for it.
 
     Attributes:
       max_rows: Finetuning rows a step while requests are alive; None for no limit but time.
@@ -95,8 +107,16 @@ class CoServe:
         """See `SharingPolicy.turn`."""
         if not view.has_requests:
             return Turn()
-        max_ms = view.slack_ms if self.max_ms is None else min(self.max_ms, view.slack_ms)
-        return Turn(finetuning=not view.is_urgent, max_ms=max_ms, max_rows=self.max_rows)
+        max_ms, reach_ms = view.slack_ms, view.reach_ms
+        if self.max_ms is not None:
+            max_ms, reach_ms = min(self.max_ms, max_ms), min(self.max_ms, reach_ms)
+        return Turn(
+            finetuning=not view.is_urgent,
+            max_ms=max_ms,
+            reach_ms=reach_ms,
+            mean_ms=view.mean_ms,
+            max_rows=self.max_rows,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ An iteration costs time in proportion to the requests that run, whatever the num
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -18,12 +19,12 @@ from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.budget import Load, StepPredictor, choose_mix, chunk_limit
-from flexjax.scheduler.features import causal_pairs
+from flexjax.scheduler.features import causal_pairs, decode_kv
 from flexjax.scheduler.finetuning import FinetunePlanner
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import DecodeRow, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
-from flexjax.scheduler.sequence import Sequence, SequenceStatus
+from flexjax.scheduler.sequence import RESERVE_SHARE, Sequence, SequenceStatus
 from flexjax.scheduler.training import TrainingRun
 from flexjax.scheduler.waiting import WaitingQueue
 
@@ -35,6 +36,9 @@ _PREFILL_MARGIN = 2.0
 
 _BLOCKED_SHARE = 0.5
 """A first token that waits for memory or a slot is urgent once this share of its time is left."""
+
+_PATIENCE_STEPS = 32
+"""Steps that finetuning waits for one that can hold more of it, before it takes what it gets."""
 
 
 class Scheduler:
@@ -88,6 +92,7 @@ class Scheduler:
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._was_inference = False
         self._is_blocked = False
+        self._num_waits = 0
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
 
@@ -161,6 +166,8 @@ class Scheduler:
             self._plan_prefill(plan, load, limit)
             self._admit(plan, load, limit, now_s)
             load.prefill_rows = plan.num_chunk_rows
+            ends = [chunk.start + chunk.length for chunk in plan.prefill]
+            load.prefill_pages = sum(map(self.pages.pages_for, ends))
             load.sample_rows = len(plan.samples)
         self._was_inference = bool(plan.decode or plan.prefill)
         if turn.finetuning and not (self._is_deterministic and self._was_inference):
@@ -172,9 +179,11 @@ class Scheduler:
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
         pace_ms = self._pace_ms(len(self.running))
-        slack_ms = self._survey(begin_s, pace_ms / 1e3)
+        slack_ms, reach_ms, mean_ms = self._survey(begin_s, pace_ms / 1e3)
         return StepView(
             slack_ms=slack_ms,
+            reach_ms=reach_ms,
+            mean_ms=mean_ms,
             is_urgent=self._is_urgent(begin_s, pace_ms),
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -182,17 +191,19 @@ class Scheduler:
             finished_groups=self.finetuning.finished_groups,
         )
 
-    def _survey(self, begin_s: float, pace_s: float) -> float:
+    def _survey(self, begin_s: float, pace_s: float) -> tuple[float, float, float]:
         """Sorts the running requests into those that decode and those that prefill.
 
         Once for each running request and iteration, so it does by hand what properties of
         `Sequence` do.
 
         Returns:
-          Milliseconds from `begin_s` to the earliest token that a decoding request is owed.
+          Milliseconds from `begin_s` to the earliest token that a decoding request is owed; the
+          same for tokens after it at the most, were finetuning to wait; and what steps may take
+          on average.
         """
         self._prefilling, self._decoding = [], []
-        least_s, infinity = math.inf, math.inf
+        least_s = least_reach_s = least_tpot_s = infinity = math.inf
         for sequence in self.running:
             num_tokens = len(sequence.tokens) + sequence.in_flight
             if sequence.num_computed != num_tokens - 1 or num_tokens == sequence.prompt_len:
@@ -207,10 +218,15 @@ class Scheduler:
             previous_s = sequence.last_token_s
             if sequence.in_flight or previous_s is None:
                 previous_s = begin_s  # the step before ends with it
-            due_s = sequence.due_s(previous_s, pace_s)
+            due_s, reach_s = sequence.due_s(previous_s, pace_s)
             if due_s < least_s:
                 least_s = due_s
-        return 1e3 * (least_s - begin_s)
+            if reach_s < least_reach_s:
+                least_reach_s = reach_s
+            if sequence.tpot_s < least_tpot_s:
+                least_tpot_s = sequence.tpot_s
+        mean_s = (1.0 - RESERVE_SHARE) * least_tpot_s
+        return 1e3 * (least_s - begin_s), 1e3 * least_reach_s, 1e3 * mean_s
 
     def _pace_ms(self, decode_rows: int) -> float:
         """Expected milliseconds of a step that only decodes."""
@@ -248,7 +264,7 @@ class Scheduler:
 
     def _plan_decode(self, plan: StepPlan, load: Load) -> None:
         decode, samples, page_size = plan.decode, plan.samples, self.pages.page_size
-        read = 0
+        contexts: list[int] = []
         for sequence in self._decoding:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted for an older one
@@ -262,9 +278,11 @@ class Scheduler:
             sequence.num_computed = num_tokens
             sequence.in_flight += 1
             sequence.tenant.served += _OUTPUT_WEIGHT
-            read += num_tokens
+            contexts.append(num_tokens)
         load.decode_rows = len(decode)
-        load.decode_kv_tokens = plan.decode_kv_tokens = read
+        padded = self.ladder.padded_decode(len(decode))
+        load.decode_kv_tokens = decode_kv(contexts, padded, self.ladder.reads)
+        plan.decode_kv_tokens = load.decode_kv_tokens
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives a running sequence pages for `num_tokens`; False if it was preempted instead."""
@@ -309,7 +327,9 @@ class Scheduler:
         if not self._prefilling and not len(self.waiting):
             return 0
         if turn.max_ms < math.inf and self._prefilling:
-            load.forward_kv_tokens = float(max(s.num_computed for s in self._prefilling))
+            computed = [s.num_computed for s in self._prefilling]
+            load.forward_kv_tokens = float(max(computed))
+            load.prefill_pages = sum(map(self.pages.pages_for, computed))
         return chunk_limit(load, turn, self.ladder, self.latency)
 
     def _plan_prefill(self, plan: StepPlan, load: Load, limit: int) -> None:
@@ -371,7 +391,14 @@ class Scheduler:
         if head is not None:
             reserve += self.pages.pages_for(head.num_tokens + 1)
         self.finetuning.offer(load)
+        if turn.reach_ms is not None and plan.prefill and not plan.decode:
+            # Nobody has a token due yet, but somebody waits for the first.
+            longest_ms = 1e3 * min(chunk.sequence.tpot_s for chunk in plan.prefill)
+            turn = dataclasses.replace(turn, max_ms=min(turn.max_ms, longest_ms), reach_ms=None)
+        if self._num_waits >= _PATIENCE_STEPS:
+            turn = dataclasses.replace(turn, reach_ms=None)
         budget = choose_mix(load, turn, self.ladder, self.latency)
+        self._num_waits = 0 if budget.rows else self._num_waits + 1
         self.finetuning.plan(plan, budget, reserve)
 
     # Results.

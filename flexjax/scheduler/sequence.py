@@ -8,6 +8,11 @@ import math
 
 from flexjax.request import GenerationRequest
 
+RESERVE_SHARE = 0.1
+"""Share of a request's time per token that is held back for steps that take long."""
+RESERVE_TOKENS = 2.0
+"""What is held back at most, in times per token."""
+
 
 class SequenceStatus(enum.Enum):
     """Where a request is."""
@@ -101,11 +106,12 @@ class Sequence:
         """Output tokens that exist."""
         return self.num_tokens - self.prompt_len
 
-    def due_s(self, previous_s: float, pace_s: float) -> float:
-        """When the next token of a request that has some is due.
+    def due_s(self, previous_s: float, pace_s: float) -> tuple[float, float]:
+        """When the next token of a request that has some is due, and what patience would give.
 
         Token j after the first is due j TPOTs after it, so that time saved on early tokens may be
-        spent on later ones; but never more than the longest gap (`SLO.itl_ms`) after the token
+        spent on later ones; less a reserve, so that a step which takes longer than was expected
+        makes no request late. But never more than the longest gap (`SLO.itl_ms`) after the token
         before, so that what was saved is not spent on one long stall. What is late beyond catching
         up keeps the pace.
 
@@ -113,15 +119,27 @@ class Sequence:
           previous_s: Clock of the token before; an estimate if the host has not read it.
           pace_s: Seconds of a step without finetuning, by which it is told whether a late request
             can catch up.
+
+        Returns:
+          The clock at which it is due, and the most seconds that there will be for one of the
+          tokens after it, if the steps until then hold no finetuning.
         """
         tpot_s, first_s = self.tpot_s, self.first_token_s
         if first_s is None:
             first_s = previous_s
         num_tokens = len(self.tokens) + self.in_flight
-        on_schedule_s = first_s + (num_tokens - self.prompt_len) * tpot_s
-        if on_schedule_s >= previous_s:
-            longest_s = previous_s + self.itl_s
-            return longest_s if longest_s < on_schedule_s else on_schedule_s
+        number = num_tokens - self.prompt_len
         remaining = self.max_tokens - num_tokens
-        is_lost = on_schedule_s + remaining * (tpot_s - pace_s) < previous_s
-        return previous_s + tpot_s if is_lost else previous_s
+        reserve = RESERVE_SHARE * number
+        if reserve > RESERVE_TOKENS:
+            reserve = RESERVE_TOKENS
+        free_s = first_s + (number - reserve) * tpot_s - previous_s
+        if free_s < 0.0:
+            is_lost = free_s + reserve * tpot_s + remaining * (tpot_s - pace_s) < 0.0
+            return (previous_s + tpot_s, tpot_s) if is_lost else (previous_s, self.itl_s)
+        reach_s = free_s
+        if tpot_s > pace_s:
+            reach_s += remaining * (tpot_s - pace_s)
+        if self.itl_s < reach_s:
+            reach_s = self.itl_s
+        return previous_s + (free_s if free_s < reach_s else reach_s), reach_s

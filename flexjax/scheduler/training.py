@@ -87,6 +87,15 @@ class Group:
         """Tokens that a row sees, on average: half its sequence."""
         return self._mean_context
 
+    def pages_read(self, start: int, length: int, page_size: int) -> int:
+        """Pages that rows [start, start + length) see, those before them in their sequences too."""
+        if length <= 0:
+            return 0
+        first, last = self.segment_of_row[start], self.segment_of_row[start + length - 1]
+        pages = -(-np.diff(self.offsets[first : last + 1]) // page_size)
+        end = start + length - int(self.offsets[last])
+        return int(pages.sum()) + -(-end // page_size)
+
     @property
     def is_placed(self) -> bool:
         """Whether the group has pages."""
@@ -248,13 +257,18 @@ class TrainingRun:
         return self.step > 0 and self.step % every == 0
 
     def _group(self, sequences: list[TrainSequence], *, is_eval: bool) -> list[Group]:
-        """Packs sequences, in order, until a group has enough rows for full windows."""
+        """Packs sequences, in order, as long as a group's rows fit into the widest window.
+
+        One row more would be a window of its own, which takes far more than a row's time.
+        """
         groups: list[Group] = []
         current: list[TrainSequence] = []
         rows = tokens = 0
         for sequence in sequences:
             needed = -(-len(sequence) // self._page_size) * self._page_size
-            is_full = rows >= self._group_rows or tokens + needed > self._arena_tokens
+            is_full = (
+                rows + len(sequence) > self._group_rows or tokens + needed > self._arena_tokens
+            )
             if current and is_full:
                 groups.append(Group(self, current, is_eval))
                 current, rows, tokens = [], 0, 0

@@ -23,8 +23,11 @@ from flexjax.workload.lengths import draw_lengths as draw_lengths
 from flexjax.workload.lengths import pick_by_length as pick_by_length
 from flexjax.workload.lengths import with_lengths as with_lengths
 from flexjax.workload.loads import FLEXLLM_RATES as FLEXLLM_RATES
+from flexjax.workload.loads import LOQUETIER_BURST_MINUTES as LOQUETIER_BURST_MINUTES
 from flexjax.workload.loads import LOQUETIER_CHANGING_PHASES as LOQUETIER_CHANGING_PHASES
+from flexjax.workload.loads import fit_load as fit_load
 from flexjax.workload.loads import flexllm_load as flexllm_load
+from flexjax.workload.loads import loquetier_burst_load as loquetier_burst_load
 from flexjax.workload.loads import loquetier_changing_load as loquetier_changing_load
 from flexjax.workload.loads import loquetier_four_adapters as loquetier_four_adapters
 from flexjax.workload.loads import loquetier_one_adapter as loquetier_one_adapter

@@ -219,7 +219,8 @@ def test_a_burst_run_and_what_the_machine_can_do(engine):
     assert 0 < capacity < math.inf
     settings = SweepSettings(rates=(4.0,), targets=LOOSE, drain_s=30.0)
     run = run_burst(engine, settings, source, [JOB], Burst(20.0, 5.0, 0.2, 0.2))
-    assert run.measured_until_s == pytest.approx(run.begin_s + 0.8)
+    assert run.measured_until_s == pytest.approx(run.begin_s + 0.6)
+    assert all(s.planned_s is not None and s.planned_s <= s.begin_s for s in run.steps)
     check = check_burst(run, settings.tier, start_s=0.2, length_s=0.2)
     figures = check.figures
     assert figures["num_requests"] == len(run.requests) > figures["num_in_burst"] > 0
@@ -340,19 +341,31 @@ def burst_run(rows_of, late=0):
 
 
 def test_a_burst_is_absorbed_where_finetuning_gives_way_and_comes_back():
-    # The burst goes from 3.5 s, its first request, to 5.5 s; finetuning reacts after 4 steps.
-    run = burst_run(lambda n: 10 if 39 <= n < 55 else 100)
+    # The burst goes from 3.5 s, its first request, to 5.5 s.
+    run = burst_run(lambda n: 10 if 35 <= n < 55 else 100)
     check = check_burst(run, JUDGED, start_s=3.0, length_s=2.5)
     assert check.passed is True
-    assert check.figures["reaction_steps"] == 5
-    assert check.figures["reaction_s"] == pytest.approx(0.4)
+    assert check.figures["reaction_steps"] == 1
+    assert check.figures["reaction_s"] == pytest.approx(0.0)
+    assert check.figures["return_s"] == pytest.approx(0.0)
     rows = check.figures["rows_per_step"]
-    assert rows["before"] == rows["after"] == 100 and rows["during"] == pytest.approx(28)
+    assert rows["before"] == rows["after"] == 100 and rows["during"] == pytest.approx(10)
     assert check.figures["num_in_burst"] == 2
+    slow = check_burst(
+        burst_run(lambda n: 10 if 39 <= n < 55 else 100), JUDGED, start_s=3.0, length_s=2.5
+    )
+    assert slow.passed is False and slow.figures["reaction_steps"] == 5
+    tired = check_burst(
+        burst_run(lambda n: 10 if 35 <= n < 67 else 100), JUDGED, start_s=3.0, length_s=2.5
+    )
+    assert tired.passed is False and tired.figures["return_s"] == pytest.approx(1.2)
     assert check_burst(burst_run(lambda n: 50), JUDGED, start_s=3.0, length_s=2.5).passed is False
-    for_ever = burst_run(lambda n: 10 if n >= 39 else 100)
+    for_ever = burst_run(lambda n: 10 if n >= 35 else 100)
     assert check_burst(for_ever, JUDGED, start_s=3.0, length_s=2.5).passed is False
-    late = burst_run(lambda n: 10 if 39 <= n < 55 else 100, late=1)
+    late = burst_run(lambda n: 10 if 35 <= n < 55 else 100, late=1)
     assert check_burst(late, JUDGED, start_s=3.0, length_s=2.5).passed is False
+    for baseline, expected in ((run, False), (late, True)):
+        check = check_burst(late, JUDGED, start_s=3.0, length_s=2.5, baseline=baseline)
+        assert check.passed is expected
     with pytest.raises(ValueError, match="`run` must have requests in the burst; got 8 others"):
         check_burst(run, JUDGED, start_s=9.0, length_s=0.5)

@@ -1,0 +1,200 @@
+"""What finetuning gets of a step: waiting for large mixes, reserves, and what attention reads."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flexjax.config import FinetuneConfig, SamplingParams
+from flexjax.engine.batch import build_step
+from flexjax.layout import Bucket, StepSizes, step_fields, unpack
+from flexjax.request import GenerationRequest
+from flexjax.scheduler.buckets import BucketLadder, DenseReads
+from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix
+from flexjax.scheduler.features import features_of
+from flexjax.scheduler.plan import BackwardTile, DecodeRow, ForwardPiece, PrefillChunk, StepPlan
+from flexjax.scheduler.policy import Turn
+from flexjax.scheduler.sequence import RESERVE_SHARE, RESERVE_TOKENS, Sequence
+from flexjax.scheduler.training import Group, TrainingRun, TrainSequence
+from flexjax.slo import SLO
+from pallas_kernels.paged_attention.reference import pages_per_block
+
+PAGE, LAYERS = 4, 3
+READS = DenseReads(PAGE, 2)
+LADDER = BucketLadder((4,), (8, 32), (8, 32), LAYERS, LAYERS)
+DENSE = dataclasses.replace(LADDER, reads=READS)
+
+
+class Device:
+    """Each kind of finetuning rows costs `fixed` ms, and 0.1 ms (forward) or 0.2 ms a row."""
+
+    def __init__(self, fixed):
+        self.fixed = fixed
+
+    def predict(self, features):
+        rows = (features.bucket.chunk, features.bucket.window)
+        return 1.0 + sum(self.fixed * (n > 0) for n in rows) + 0.1 * rows[0] + 0.2 * rows[1]
+
+    predict_high = predict
+
+
+def load(**fields):
+    return Load(**{"decode_rows": 2, "forward_rows": 100, "tile_rows": 32, **fields})
+
+
+LARGEST, SMALL = FinetuneBudget(32, 32), FinetuneBudget(8, 8)
+
+
+@pytest.mark.parametrize(
+    "turn, expected",
+    [
+        (Turn(max_ms=100.0, reach_ms=100.0), LARGEST),
+        (Turn(max_ms=8.0, reach_ms=None), SMALL),  # 1 + 2 * 2 + 0.8 + 1.6 = 7.4 ms
+        (Turn(max_ms=8.0, reach_ms=100.0, mean_ms=6.0), FinetuneBudget(0, 0)),
+        (Turn(max_ms=8.0, reach_ms=8.0, mean_ms=6.0), SMALL),  # it will not get better
+        (Turn(max_ms=8.0, reach_ms=100.0, mean_ms=50.0), SMALL),  # nothing to save up for
+        (Turn(max_ms=7.0, reach_ms=100.0, mean_ms=6.0), FinetuneBudget(0, 0)),
+    ],
+)
+def test_finetuning_waits_where_a_larger_mix_gets_more_done(turn, expected):
+    """The largest mix takes 14.6 ms: 4.7 rows a millisecond, where the small one has 2.5."""
+    assert choose_mix(load(), turn, LADDER, Device(2.0)) == expected
+
+
+def test_it_does_not_wait_where_small_mixes_are_as_good():
+    turn = Turn(max_ms=10.0, reach_ms=100.0, mean_ms=3.0)
+    assert choose_mix(load(), turn, LADDER, Device(0.0)).rows > 0
+
+
+def test_forward_rows_alone_are_taken_only_where_no_tile_could_ever_fit():
+    turn = Turn(max_ms=4.5, reach_ms=5.5, mean_ms=3.0)  # a tile of 8 rows takes 4.6 ms
+    assert choose_mix(load(), turn, LADDER, Device(2.0)).backward_rows == 0
+    assert choose_mix(load(), turn, LADDER, Device(2.0)).forward_rows == 0
+    turn = Turn(max_ms=4.5, reach_ms=4.55, mean_ms=3.0)
+    assert choose_mix(load(), turn, LADDER, Device(2.0)) == FinetuneBudget(8, 0)
+
+
+# Deadlines.
+
+
+def answering(num_output, *, first_s, slo, max_tokens=100):
+    params = SamplingParams(max_tokens=max_tokens)
+    request = GenerationRequest(0, (1, 2, 3), params, -1, 0.0, frozenset(), 0, slo)
+    sequence = Sequence.from_request(request, 1000)
+    sequence.tokens += [7] * num_output
+    sequence.first_token_s = first_s
+    return sequence
+
+
+@pytest.mark.parametrize("number", [1, 5, 20, 60])
+def test_time_that_was_saved_is_kept_but_for_a_reserve(number):
+    slo = SLO(tpot_ms=10.0, itl_ms=10_000.0)
+    sequence = answering(number, first_s=2.0, slo=slo)
+    previous_s = 2.0 + (number - 1) * 0.004
+    due_s, reach_s = sequence.due_s(previous_s, 0.004)
+    reserve = min(RESERVE_SHARE * number, RESERVE_TOKENS)
+    assert due_s == pytest.approx(2.0 + 0.01 * (number - reserve))
+    left = 100 - number
+    assert reach_s == pytest.approx(due_s - previous_s + left * 0.006)
+
+
+def test_no_gap_is_longer_than_the_longest():
+    sequence = answering(50, first_s=0.0, slo=SLO(tpot_ms=10.0, itl_ms=25.0))
+    due_s, reach_s = sequence.due_s(0.1, 0.004)
+    assert due_s == pytest.approx(0.125) and reach_s == pytest.approx(0.025)
+    capped = answering(50, first_s=0.0, slo=SLO(tpot_ms=10.0))
+    assert capped.due_s(0.1, 0.004) == pytest.approx((0.11, 0.01))
+
+
+def test_a_late_request_goes_first_and_a_lost_one_keeps_the_pace():
+    late = answering(10, first_s=0.0, slo=SLO(tpot_ms=10.0))
+    assert late.due_s(0.11, 0.004) == pytest.approx((0.11, 0.01))
+    lost = answering(99, first_s=0.0, slo=SLO(tpot_ms=10.0))
+    assert lost.due_s(5.0, 0.004) == pytest.approx((5.01, 0.01))
+
+
+# What attention reads.
+
+
+def make_group(lengths):
+    rows = [TrainSequence(np.arange(n, dtype=np.int32), np.zeros(n, np.int32)) for n in lengths]
+    run = TrainingRun(
+        0, FinetuneConfig(adapter="a", dataset=[]), rows, [], slot=0, num_layers=LAYERS, bottom=0,
+        group_rows=sum(lengths), arena_tokens=10_000, page_size=PAGE,
+    )  # fmt: skip
+    group = Group(run, rows, False)
+    pages, at = [], 0
+    for n in lengths:
+        count = -(-n // PAGE)
+        pages.append(list(range(at, at + count)))
+        at += count
+    group.place(pages, pages, PAGE)
+    return group
+
+
+def make_sequence(length):
+    request = GenerationRequest(0, (1,) * length, SamplingParams(), -1, 0.0, frozenset(), 0)
+    sequence = Sequence.from_request(request, 1000)
+    sequence.slot = 0
+    sequence.pages = list(range(-(-length // PAGE)))
+    return sequence
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 48, 256])
+def test_dense_reads_are_those_of_the_reference(page_size):
+    assert DenseReads.of(page_size) == DenseReads(page_size, pages_per_block(page_size))
+
+
+@pytest.mark.parametrize("repeat", range(8))
+def test_dense_reads_count_the_pages_that_a_step_lists(rng, repeat):
+    group = make_group([int(n) for n in rng.integers(1, 13, 5)])
+    start = int(rng.integers(0, group.num_rows))
+    piece = ForwardPiece(group, start, int(rng.integers(1, min(16, group.num_rows - start) + 1)))
+    end = int(rng.integers(1, group.num_rows + 1))
+    length = int(rng.integers(1, min(end, 32) + 1))
+    tile = BackwardTile(group, end - length, length, LAYERS, LAYERS)
+    prompt = make_sequence(int(rng.integers(8, 60)))
+    chunk = PrefillChunk(prompt, int(rng.integers(0, 4)), 4, False)
+    asked = make_sequence(int(rng.integers(1, 60)))
+    decode = [DecodeRow(asked, asked.num_tokens - 1, False)]
+    plan = StepPlan(decode=decode, prefill=[chunk], forward=[piece], tile=tile)
+    plan.slot_pages = np.zeros((4, 20), np.int32)
+    bucket = DENSE.bucket(1, plan.num_chunk_rows, length)
+    sizes = StepSizes(20, 100, 100, 4)
+    fields = unpack(build_step(plan, bucket, sizes, PAGE), step_fields(bucket, sizes))
+    found = features_of(plan, bucket, ladder=DENSE)
+    block = 2 * PAGE
+    for kind, rows, pairs in (
+        ("chunk", bucket.chunk, found.chunk_kv_pairs),
+        ("tile", LAYERS * bucket.window, found.tile_kv_pairs),
+    ):
+        listed = int(fields[f"num_{kind}_pages"])
+        assert pairs == rows * block * -(-listed // 2)
+    assert found.decode_kv_tokens == 4 * block * -(-asked.num_tokens // block)
+
+
+@pytest.mark.parametrize("repeat", range(8))
+def test_a_mix_is_weighed_by_what_its_step_will_read(rng, repeat):
+    groups = [make_group([int(n) for n in rng.integers(1, 13, 4)]) for _ in range(2)]
+    groups[0].forward_end = int(rng.integers(0, groups[0].num_rows + 1))
+    rows = sum(g.num_rows - g.forward_end for g in groups)
+    forward_rows = int(rng.integers(1, min(rows, 32) + 1))
+    end = int(rng.integers(1, groups[1].num_rows + 1))
+    tile_rows = int(rng.integers(1, min(end, 32) + 1))
+    weighed = Load(
+        forward_rows=rows, forward_groups=tuple(groups), tile_rows=tile_rows,
+        tile_group=groups[1], tile_end=end, tile_layers=LAYERS,
+    ).features(DENSE, forward_rows, tile_rows)  # fmt: skip
+    pieces, left = [], forward_rows
+    for group in groups:
+        length = min(left, group.num_rows - group.forward_end)
+        if length:
+            pieces.append(ForwardPiece(group, group.forward_end, length))
+        left -= length
+    tile = BackwardTile(groups[1], end - tile_rows, tile_rows, LAYERS, LAYERS)
+    plan = StepPlan(forward=pieces, tile=tile)
+    bucket = DENSE.bucket(0, forward_rows, tile_rows)
+    assert weighed.bucket == bucket != Bucket(0, 0, 0, 0)
+    done = features_of(plan, bucket, ladder=DENSE)
+    assert weighed.chunk_kv_pairs == done.chunk_kv_pairs
+    assert weighed.tile_kv_pairs == done.tile_kv_pairs
