@@ -1,11 +1,13 @@
 """Compares FlexJAX with transformers and PEFT on this CPU, side by side in one process.
 
     python scripts/bench_cpu.py [--repeats 5] [--output FILE.json]
-        [--parts finetune,generate,coserve] [--quick] [--cores 2]
+        [--parts finetune,generate,coserve,bound] [--quick] [--cores 2]
 
-Needs the `oracle` extra. `--quick` takes seconds and a model too small for its ratios to mean
-anything; it shows that the script works. Beside wall-clock times it reports the CPU seconds of the
-process, which say more on a machine that others use too.
+Needs the `oracle` extra. `--parts bound` measures the peer and, of our side, only the products that
+a step cannot do without, and prints the best ratio that there is if all else were free. `--quick`
+takes seconds and a model too small for its ratios to mean anything; it shows that the script works.
+Beside wall-clock times it reports the CPU seconds of the process, which say more on a machine that
+others use too.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from flexjax.bench.bound import Bound, PassTime
 from flexjax.bench.harness import header, table, write_jsonl
 from flexjax.bench.side_by_side import TARGETS, Comparison, Settings, SideBySide
 from flexjax.config import EngineConfig
 
 PARTS = ("finetune", "generate", "coserve")
+BOUND = "bound"
 
 FULL = Settings(
     model="60m",
@@ -80,25 +84,37 @@ def run(settings: Settings, parts: Sequence[str], repeats: int, output: Path | N
     with tempfile.TemporaryDirectory() as work_dir:
         sides = SideBySide(settings, work_dir)
         records = [header(dataclasses.asdict(settings), settings.seed)]
-        records.append(
-            {
-                "kind": "start",
-                "compile_s": sides.engine.compile_s,
-                "start_s": sides.start_s,
-                "programs": sides.engine.num_programs,
-                "max_logit_error": sides.max_logit_error,
-            }
-        )
-        print(f"engine started in {sides.start_s:.1f} s, compiled in {sides.engine.compile_s:.1f}")
+        compared = [part for part in parts if part != BOUND]
+        if compared:
+            records.append(
+                {
+                    "kind": "start",
+                    "compile_s": sides.engine.compile_s,
+                    "start_s": sides.start_s,
+                    "programs": sides.engine.num_programs,
+                    "max_logit_error": sides.max_logit_error,
+                }
+            )
+            compile_s = sides.engine.compile_s
+            print(f"engine started in {sides.start_s:.1f} s, compiled in {compile_s:.1f}")
         found: list[Comparison] = []
-        for part in parts:
+        for part in compared:
             for comparison in getattr(sides, part)(repeats):
                 found.append(comparison)
                 records += comparison.records()
                 if output is not None:
                     write_jsonl(output, records)
                 print(_table([comparison]), flush=True)
-    print(f"\nmedians of {repeats}, measured in turns\n{_table(found)}")
+        if found:
+            print(f"\nmedians of {repeats}, measured in turns\n{_table(found)}")
+        if BOUND in parts:
+            times, read_s, bounds = sides.bound(repeats)
+            records += [item.record() for item in (*times, *bounds)]
+            records.append({"kind": "read", "s": read_s})
+            if output is not None:
+                write_jsonl(output, records)
+            print(f"\nproducts alone, medians of {repeats}, measured in turns\n{_products(times)}")
+            print(f"reading all kernels once: {read_s * 1e3:.1f} ms\n\n{_bounds(bounds)}")
 
 
 def _table(comparisons: Sequence[Comparison]) -> str:
@@ -138,6 +154,40 @@ def _table(comparisons: Sequence[Comparison]) -> str:
     return table(rows)
 
 
+def _products(times: Sequence[PassTime]) -> str:
+    rows: list[Sequence[str]]
+    rows = [("products", "GFLOP", "JAX ms", "GFLOP/s", "how", "torch ms", "GFLOP/s", "how")]
+    for item in times:
+        cells = [item.work.name, f"{item.flop / 1e9:.2f}"]
+        for side in ("jax", "torch"):
+            seconds = item.seconds[side]
+            cells += [f"{seconds * 1e3:.1f}", f"{item.flop / 1e9 / seconds:.0f}", item.choice[side]]
+        rows.append(tuple(cells))
+    return table(rows)
+
+
+def _bounds(bounds: Sequence[Bound]) -> str:
+    heading = ("part", "peer s", "JAX products s", "torch products s", "reading s")
+    rows: list[Sequence[str]]
+    rows = [(*heading, "best ratio", "if only read", "target", "")]
+    for item in bounds:
+        products = [f"{item.products_s[side]:.3f}" for side in ("jax", "torch")]
+        is_in_reach = item.best_ratio >= item.target
+        rows.append(
+            (
+                item.name,
+                f"{item.peer_s:.3f}",
+                *products,
+                f"{item.read_s:.3f}",
+                f"{item.best_ratio:.2f}",
+                f"{item.best_ratio_reading:.2f}",
+                f">= {item.target}",
+                "" if is_in_reach else "out of reach of these products",
+            )
+        )
+    return table(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the arguments and runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -148,9 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=2, help="cores that both sides may use")
     args = parser.parse_args(argv)
     parts = args.parts.split(",")
-    unknown = [part for part in parts if part not in PARTS]
+    known = (*PARTS, BOUND)
+    unknown = [part for part in parts if part not in known]
     if unknown:
-        parser.error(f"--parts must be out of {', '.join(PARTS)}; got {', '.join(unknown)}")
+        parser.error(f"--parts must be out of {', '.join(known)}; got {', '.join(unknown)}")
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1; got {args.repeats}")
     available = sorted(os.sched_getaffinity(0))

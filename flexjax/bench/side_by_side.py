@@ -7,6 +7,7 @@ measures them alternately. Compilation and first runs are outside of every measu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from flexjax.bench.bound import Bound, Kernels, Passes, PassTime, part_work
 from flexjax.bench.harness import (
     Cost,
     Timing,
@@ -136,8 +138,7 @@ class SideBySide:
 
     Attributes:
       settings: Sizes.
-      engine: FlexJAX.
-      start_s: Seconds that the engine took to start, compilation included.
+      start_s: Seconds that the engine took to start, compilation included; 0 until it is used.
       max_logit_error: Largest difference between the two sides' logits.
     """
 
@@ -150,10 +151,17 @@ class SideBySide:
         self._adapter_dir = adapter_dir
         self._peer = TorchPeer(model_dir, adapter_dir, settings.num_threads)
         self.max_logit_error = self._check_logits(model_dir)
-        started = time.perf_counter()
-        self.engine = Engine.from_pretrained(model_dir, settings.engine)
-        self.start_s = time.perf_counter() - started
+        self.start_s = 0.0
+        self._model_dir = model_dir
         self._num_jobs = 0
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """FlexJAX; starts at first use."""
+        started = time.perf_counter()
+        engine = Engine.from_pretrained(self._model_dir, self.settings.engine)
+        self.start_s = time.perf_counter() - started
+        return engine
 
     def _check_logits(self, model_dir: Path) -> float:
         tokens = random_tokens(self._model, 2, self.settings.prompt_len, self.settings.seed + 1)
@@ -311,6 +319,47 @@ class SideBySide:
         trained_tokens = sizes.coserve_steps * sizes.batch_size * sizes.sample_len
         work = trained_tokens + sizes.coserve_requests * sizes.output_len
         yield Comparison("coserve", work, peer, costs["ours"], notes)
+
+    def bound(self, repeats: int) -> tuple[list[PassTime], float, list[Bound]]:
+        """Measures what the products of each part take alone, beside the peer's runs.
+
+        The peer of "coserve" is its finetuning and its generation in groups, scaled from the runs
+        of those parts.
+
+        Returns:
+          Times of the products, seconds of reading all kernels once, and the bound of each part.
+        """
+        sizes, length = self.settings, self.settings.output_len
+        work = part_work(sizes)
+        kernels = Kernels(self._model, sizes.seed)
+        passes = Passes(kernels, (one for part in work.values() for one in part.passes))
+        steps, micro_batch = 1 + sizes.finetune_steps, self._best_micro_batch()
+        prompts = {"generate 1": self._prompts(1), "generate 8": self._prompts(sizes.group)}
+        caches = {name: self._best_cache(rows) for name, rows in prompts.items()}
+        peer: dict[str, list[Cost]] = {name: [] for name in work}
+        for _ in range(repeats):
+            trained = self._peer_finetune(steps, micro_batch).cost(first=1)
+            peer["finetune"].append(trained)
+            for name, rows in prompts.items():
+                run = functools.partial(self._peer.generate, rows, length, caches[name])
+                peer[name].append(measure(run))
+            groups = -(-sizes.coserve_requests // sizes.group)
+            share = sizes.coserve_steps / sizes.finetune_steps
+            both = zip(peer["generate 8"][-1], trained, strict=True)
+            peer["coserve"].append(Cost(*(groups * a + share * b for a, b in both)))
+            passes.measure()
+        times, read_s = passes.times(), passes.read_s()
+        bounds = [
+            Bound(
+                name,
+                TARGETS[name],
+                peer[name],
+                {side: part.seconds(times, side) for side in ("jax", "torch")},
+                part.reads * read_s,
+            )
+            for name, part in work.items()
+        ]
+        return list(times.values()), read_s, bounds
 
 
 def check_losses(ours: Sequence[float], theirs: Sequence[float]) -> None:

@@ -43,7 +43,7 @@ def test_quick_run_measures_every_part(tmp_path):
 def test_unknown_part_is_refused():
     done = run("--parts", "generate,sleep")
     assert done.returncode == 2
-    assert "--parts must be out of finetune, generate, coserve; got sleep" in done.stderr
+    assert "--parts must be out of finetune, generate, coserve, bound; got sleep" in done.stderr
 
 
 def test_zero_repeats_are_refused():
