@@ -6,7 +6,8 @@ Two parts. "host" runs the scheduler, the building of batches and the taking in 
 8B model on a GPU that is left out: 64, 256 and 1,024 running requests of 32 adapters, with up to
 100,000 waiting, and a finetuning job. "engine" runs the whole loop with the embedded model on this
 CPU, 256 requests at once; there, dispatch includes what the CPU's runtime does in the caller's
-thread. Medians and p99; JSON lines with every sample.
+thread, and the device is idle from the end of a step to the launch of the next, if that comes
+later. Medians and p99; JSON lines with every sample.
 """
 
 from __future__ import annotations
@@ -253,7 +254,10 @@ def measure_engine(num_running: int, iterations: int) -> list[dict]:
         "step": [1e3 * (event.end_s - event.begin_s) for event in events],
     }
     more = {"part": "engine", "running": engine.stats().num_running, "waiting": 0}
-    return [Timing(name, "ms", tuple(values)).record(**more) for name, values in found.items()]
+    records = [Timing(name, "ms", tuple(values)).record(**more) for name, values in found.items()]
+    share = sum(found["device idle"]) / sum(found["step"])
+    print(f"device idle: {share:.1%} of {sum(found['step']) / 1e3:.1f} s of steps")
+    return [{**record, "idle_share": share} for record in records]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

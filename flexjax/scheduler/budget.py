@@ -11,7 +11,7 @@ from flexjax.scheduler.features import StepFeatures
 from flexjax.scheduler.policy import Turn
 from flexjax.scheduler.training import Group
 
-_WORTH = 0.75
+_WORTH = 0.9
 """Share of the best mix's work per added millisecond that another must reach to be taken."""
 
 _GROWTH = 1.01
@@ -133,9 +133,34 @@ class FinetuneBudget:
         return self.forward_rows + self.backward_rows
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MixChoice:
+    """What finetuning gets of a step.
+
+    Attributes:
+      budget: Its rows; none to wait for a better step.
+      is_alone: Whether the step holds nothing else: decode rows wait for the next.
+    """
+
+    budget: FinetuneBudget
+    is_alone: bool = False
+
+
 def choose_mix(
     load: Load, turn: Turn, ladder: BucketLadder, latency: StepPredictor
 ) -> FinetuneBudget:
+    """The finetuning rows of a step beside what it holds; see `weigh_mixes`."""
+    return weigh_mixes(load, turn, ladder, latency).budget
+
+
+def weigh_mixes(
+    load: Load,
+    turn: Turn,
+    ladder: BucketLadder,
+    latency: StepPredictor,
+    *,
+    can_be_alone: bool = False,
+) -> MixChoice:
     """The finetuning rows of a step: as many as fit, or none where waiting gets more done.
 
     A tile that is ready comes first: mixes without one are taken only where none with one could
@@ -152,36 +177,57 @@ def choose_mix(
       turn: Its limits.
       ladder: Buckets.
       latency: Predicts milliseconds; `predict_high` is held against `turn.max_ms`.
+      can_be_alone: Whether what the step holds can wait for the next one, if finetuning alone and
+        then that takes less time than both together.
     """
     share = 1.0 if turn.chunk_share is None else turn.chunk_share
     room = min(ladder.max_chunk - load.prefill_rows, int(share * ladder.max_chunk))
     widest = int(share * ladder.max_window)
     if turn.max_ms == math.inf and turn.max_rows is None:
-        return FinetuneBudget(max(room, 0), widest)
+        return MixChoice(FinetuneBudget(max(room, 0), widest))
     tiles = sorted({min(w, load.tile_rows, widest) for w in ladder.window} - {0})
     sizes = {max(0, min(c - load.prefill_rows, load.forward_rows, room)) for c in ladder.chunk}
     forwards = sorted(sizes | {0})
-    choice = _best(load, turn, ladder, latency, tiles, forwards) if tiles else None
-    if choice is None:
-        choice = _best(load, turn, ladder, latency, [0], forwards)
-    return choice or FinetuneBudget(0, 0)
+    scale = _Scale(load, turn, ladder, latency)
+    for widths in (tiles, [0]):
+        found = _fitting(scale, widths, forwards)
+        if can_be_alone and widths:
+            found += _fitting_alone(scale, widths[-1], forwards[-1])
+        if found:
+            return _best(found, turn, scale.reach_ms)
+    return MixChoice(FinetuneBudget(0, 0))
 
 
-def _best(
-    load: Load,
-    turn: Turn,
-    ladder: BucketLadder,
-    latency: StepPredictor,
-    tiles: list[int],
-    forwards: list[int],
-) -> FinetuneBudget | None:
-    """The best mix of these sizes; empty to wait for a better one, None if none will ever fit."""
-    reach_ms = turn.max_ms if turn.reach_ms is None else max(turn.reach_ms, turn.max_ms)
-    can_grow = reach_ms > _GROWTH * turn.max_ms
-    values = _row_values(load, ladder, latency)
-    base_ms = _without_finetuning_ms(load, ladder, latency)
-    found: list[tuple[FinetuneBudget, float, float, float]] = []
-    price = 0.0
+class _Scale:
+    """What mixes are weighed with."""
+
+    def __init__(self, load: Load, turn: Turn, ladder: BucketLadder, latency: StepPredictor):
+        self.load, self.turn, self.ladder, self.latency = load, turn, ladder, latency
+        self.reach_ms = turn.max_ms if turn.reach_ms is None else max(turn.reach_ms, turn.max_ms)
+        self.values = _row_values(load, ladder, latency)
+        self.base_ms = self.base_high_ms = 0.0
+        if load.decode_rows + load.prefill_rows:
+            features = load.features(ladder, 0, 0)
+            self.base_ms = latency.predict(features)
+            self.base_high_ms = latency.predict_high(features)
+
+    def worth(self, mix: FinetuneBudget) -> float:
+        """Milliseconds that its rows take in the largest buckets."""
+        return mix.forward_rows * self.values[0] + mix.backward_rows * self.values[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Weighed:
+    choice: MixChoice
+    worth: float
+    added_ms: float
+    high_ms: float
+
+
+def _fitting(scale: _Scale, tiles: list[int], forwards: list[int]) -> list[_Weighed]:
+    """Mixes beside what the step holds that some step could hold."""
+    load, turn, ladder, latency = scale.load, scale.turn, scale.ladder, scale.latency
+    found: list[_Weighed] = []
     for tile in tiles:
         for forward in forwards:
             mix = FinetuneBudget(forward, tile)
@@ -189,21 +235,45 @@ def _best(
                 mix = _within_rows(mix, turn.max_rows)
             if not mix.rows or (tile and not mix.backward_rows):
                 continue
-            ms = latency.predict_high(load.features(ladder, mix.forward_rows, mix.backward_rows))
-            if ms > reach_ms:
+            features = load.features(ladder, mix.forward_rows, mix.backward_rows)
+            high_ms = latency.predict_high(features)
+            if high_ms > scale.reach_ms:
                 break  # more forward rows only take longer
-            value = mix.forward_rows * values[0] + mix.backward_rows * values[1]
-            added_ms = max(ms - base_ms, _LEAST_ADDED_MS)
-            if can_grow and ms > turn.mean_ms:
-                price = max(price, _WORTH * value / added_ms)
-            found.append((mix, value, added_ms, ms))
-    if not found:
-        return None
-    best, best_key = FinetuneBudget(0, 0), (0.0, 0.0)
-    for mix, value, added_ms, ms in found:
-        key = (value - price * added_ms, -ms)
-        if ms <= turn.max_ms and key > best_key:
-            best, best_key = mix, key
+            added_ms = max(latency.predict(features) - scale.base_ms, _LEAST_ADDED_MS)
+            found.append(_Weighed(MixChoice(mix), scale.worth(mix), added_ms, high_ms))
+    return found
+
+
+def _fitting_alone(scale: _Scale, tile: int, most_forward: int) -> list[_Weighed]:
+    """Large mixes for a step of their own, before one with what this one would have held."""
+    load, ladder, latency = scale.load, scale.ladder, scale.latency
+    alone = dataclasses.replace(
+        load, decode_rows=0, prefill_rows=0, decode_kv_tokens=0, sample_rows=0
+    )
+    found: list[_Weighed] = []
+    for forward in {0, most_forward}:
+        mix = FinetuneBudget(forward, tile)
+        if not mix.rows:
+            continue
+        features = alone.features(ladder, forward, tile)
+        high_ms = latency.predict_high(features) + scale.base_high_ms
+        if high_ms <= scale.reach_ms:
+            choice = MixChoice(mix, is_alone=True)
+            found.append(_Weighed(choice, scale.worth(mix), latency.predict(features), high_ms))
+    return found
+
+
+def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> MixChoice:
+    """The choice that is worth most beyond the price of its time; empty to wait for a better."""
+    price = 0.0
+    if reach_ms > _GROWTH * turn.max_ms:
+        saved_for = [w.worth / w.added_ms for w in found if w.high_ms > turn.mean_ms]
+        price = _WORTH * max(saved_for, default=0.0)
+    best, best_key = MixChoice(FinetuneBudget(0, 0)), (0.0, 0.0)
+    for weighed in found:
+        key = (weighed.worth - price * weighed.added_ms, -weighed.high_ms)
+        if weighed.high_ms <= turn.max_ms and key > best_key:
+            best, best_key = weighed.choice, key
     return best
 
 
@@ -216,12 +286,6 @@ def _row_values(load: Load, ladder: BucketLadder, latency: StepPredictor) -> tup
     rows = ladder.max_window
     alone = Load(tile_layers=load.tile_layers, has_loss=load.has_loss)
     return forward, latency.predict(alone.features(ladder, 0, rows)) / rows
-
-
-def _without_finetuning_ms(load: Load, ladder: BucketLadder, latency: StepPredictor) -> float:
-    if not load.decode_rows + load.prefill_rows:
-        return 0.0
-    return latency.predict_high(load.features(ladder, 0, 0))
 
 
 def _within_rows(mix: FinetuneBudget, max_rows: int) -> FinetuneBudget:

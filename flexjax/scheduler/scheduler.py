@@ -18,7 +18,7 @@ import numpy as np
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import Load, StepPredictor, choose_mix, chunk_limit
+from flexjax.scheduler.budget import Load, StepPredictor, choose_mix, chunk_limit, weigh_mixes
 from flexjax.scheduler.features import causal_pairs, decode_kv
 from flexjax.scheduler.finetuning import FinetunePlanner
 from flexjax.scheduler.page_allocator import PageAllocator
@@ -159,6 +159,9 @@ class Scheduler:
             plan.discarded.extend(self.finetuning.take_discarded())
             if not plan.is_empty:
                 return plan
+        if self._plan_alone(plan, turn):
+            self._was_inference = False
+            return plan
         load = Load()
         if turn.inference:
             self._plan_decode(plan, load)
@@ -175,6 +178,29 @@ class Scheduler:
             self._plan_finetuning(plan, load, turn)
         plan.discarded.extend(self.finetuning.take_discarded())
         return plan
+
+    def _plan_alone(self, plan: StepPlan, turn: Turn) -> bool:
+        """Plans finetuning for a step of its own, where decode rows can wait and that is quicker.
+
+        Returns:
+          Whether the plan has rows now.
+        """
+        can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and self._decoding
+        is_shared = turn.inference and turn.finetuning and self.finetuning.runs
+        if not (can_wait and is_shared) or self._prefilling or len(self.waiting):
+            return False
+        rows, read = len(self._decoding), [len(s.tokens) + s.in_flight for s in self._decoding]
+        padded = self.ladder.padded_decode(rows)
+        load = Load(decode_rows=rows, sample_rows=rows)
+        load.decode_kv_tokens = decode_kv(read, padded, self.ladder.reads)
+        self.finetuning.offer(load)
+        choice = weigh_mixes(load, turn, self.ladder, self.latency, can_be_alone=True)
+        if not choice.is_alone:
+            return False
+        self.finetuning.plan(plan, choice.budget, rows)
+        plan.discarded.extend(self.finetuning.take_discarded())
+        self._num_waits = 0
+        return plan.num_finetune_rows > 0
 
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""

@@ -8,8 +8,10 @@ import math
 
 from flexjax.request import GenerationRequest
 
-RESERVE_SHARE = 0.1
-"""Share of a request's time per token that is held back for steps that take long."""
+RESERVE_START = 0.25
+"""What is held back of a request's first time per token, for steps that take long."""
+RESERVE_SHARE = 0.05
+"""Share of each further one that is added to it."""
 RESERVE_TOKENS = 2.0
 """What is held back at most, in times per token."""
 
@@ -130,7 +132,7 @@ class Sequence:
         num_tokens = len(self.tokens) + self.in_flight
         number = num_tokens - self.prompt_len
         remaining = self.max_tokens - num_tokens
-        reserve = RESERVE_SHARE * number
+        reserve = RESERVE_START + RESERVE_SHARE * number
         if reserve > RESERVE_TOKENS:
             reserve = RESERVE_TOKENS
         free_s = first_s + (number - reserve) * tpot_s - previous_s

@@ -10,11 +10,11 @@ from flexjax.engine.batch import build_step
 from flexjax.layout import Bucket, StepSizes, step_fields, unpack
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder, DenseReads
-from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix
+from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix, weigh_mixes
 from flexjax.scheduler.features import features_of
 from flexjax.scheduler.plan import BackwardTile, DecodeRow, ForwardPiece, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import Turn
-from flexjax.scheduler.sequence import RESERVE_SHARE, RESERVE_TOKENS, Sequence
+from flexjax.scheduler.sequence import RESERVE_SHARE, RESERVE_START, RESERVE_TOKENS, Sequence
 from flexjax.scheduler.training import Group, TrainingRun, TrainSequence
 from flexjax.slo import SLO
 from pallas_kernels.paged_attention.reference import pages_per_block
@@ -74,6 +74,35 @@ def test_forward_rows_alone_are_taken_only_where_no_tile_could_ever_fit():
     assert choose_mix(load(), turn, LADDER, Device(2.0)) == FinetuneBudget(8, 0)
 
 
+class Quarrel(Device):
+    """Decode rows beside finetuning cost `penalty` ms more."""
+
+    def __init__(self, penalty):
+        super().__init__(2.0)
+        self.penalty = penalty
+
+    def predict(self, features):
+        bucket = features.bucket
+        is_shared = bucket.decode > 0 and bucket.chunk + bucket.window > 0
+        return super().predict(features) + self.penalty * is_shared
+
+    predict_high = predict
+
+
+@pytest.mark.parametrize("max_ms, expected", [(100.0, True), (8.0, False)])
+def test_finetuning_goes_alone_where_sharing_a_step_costs_more(max_ms, expected):
+    """Alone and then the decode rows: 14.6 + 1 ms; both together 17.6 ms."""
+    turn = Turn(max_ms=max_ms, reach_ms=100.0, mean_ms=3.0)
+    options = {"can_be_alone": True}
+    choice = weigh_mixes(load(), turn, LADDER, Quarrel(3.0), **options)
+    assert choice.is_alone is expected
+    if expected:
+        assert choice.budget == LARGEST
+    assert not weigh_mixes(load(), turn, LADDER, Quarrel(3.0)).is_alone
+    # One program in place of two saves a millisecond.
+    assert not weigh_mixes(load(), turn, LADDER, Quarrel(0.0), **options).is_alone
+
+
 # Deadlines.
 
 
@@ -92,7 +121,7 @@ def test_time_that_was_saved_is_kept_but_for_a_reserve(number):
     sequence = answering(number, first_s=2.0, slo=slo)
     previous_s = 2.0 + (number - 1) * 0.004
     due_s, reach_s = sequence.due_s(previous_s, 0.004)
-    reserve = min(RESERVE_SHARE * number, RESERVE_TOKENS)
+    reserve = min(RESERVE_START + RESERVE_SHARE * number, RESERVE_TOKENS)
     assert due_s == pytest.approx(2.0 + 0.01 * (number - reserve))
     left = 100 - number
     assert reach_s == pytest.approx(due_s - previous_s + left * 0.006)
