@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("nbclient")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ("01_quickstart", "02_windowed_backward")
+NOTEBOOKS = ("01_quickstart", "02_windowed_backward", "03_scheduling_under_slo")
 
 
 @pytest.mark.slow

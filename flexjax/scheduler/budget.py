@@ -163,8 +163,9 @@ def weigh_mixes(
 ) -> MixChoice:
     """The finetuning rows of a step: as many as fit, or none where waiting gets more done.
 
-    A tile that is ready comes first: mixes without one are taken only where none with one could
-    ever fit, because a backward pass that waits holds pages, and forward rows alone end nothing.
+    A tile that is ready comes first, and whole: mixes with a part of it, or without, are taken
+    only where none with all of it could ever fit. What is left of a tile costs nearly as much as
+    the tile, a backward pass that waits holds pages, and forward rows alone end nothing.
 
     Large mixes train more in a millisecond than small ones, and time that a step leaves free is
     there for a later one, up to `Turn.reach_ms`. So the time that a mix adds has a price: what the
@@ -189,7 +190,7 @@ def weigh_mixes(
     sizes = {max(0, min(c - load.prefill_rows, load.forward_rows, room)) for c in ladder.chunk}
     forwards = sorted(sizes | {0})
     scale = _Scale(load, turn, ladder, latency)
-    for widths in (tiles, [0]):
+    for widths in (tiles[-1:], tiles[:-1], [0]):
         found = _fitting(scale, widths, forwards)
         if can_be_alone and widths:
             found += _fitting_alone(scale, widths[-1], forwards[-1])

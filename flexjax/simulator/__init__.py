@@ -3,6 +3,10 @@
 Imports no jax.
 """
 
+from flexjax.simulator.recorded import RecordedDevice as RecordedDevice
+from flexjax.simulator.recorded import RecordedStep as RecordedStep
+from flexjax.simulator.recorded import recorded_host as recorded_host
+from flexjax.simulator.recorded import recorded_profile as recorded_profile
 from flexjax.simulator.recording import Totals as Totals
 from flexjax.simulator.runs import ROUTERS as ROUTERS
 from flexjax.simulator.runs import ReplicaRuns as ReplicaRuns

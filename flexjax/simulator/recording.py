@@ -67,7 +67,8 @@ class Flight:
       features: What its time depends on.
       launched_s: Clock when the host began to launch it.
       begin_s: Clock when the device began.
-      end_s: Clock when the device was done.
+      end_s: Clock when its tokens were there.
+      free_s: Clock when the device was done with it, optimizer steps included.
       target_tokens: Loss-bearing tokens that its tile is worth.
     """
 
@@ -77,6 +78,7 @@ class Flight:
     launched_s: float
     begin_s: float
     end_s: float
+    free_s: float
     target_tokens: float
 
 

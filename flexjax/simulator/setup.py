@@ -15,7 +15,7 @@ from flexjax.config import FinetuneConfig
 from flexjax.layout import StepSizes
 from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.budget import StepPredictor
-from flexjax.scheduler.features import StepFeatures
+from flexjax.scheduler.features import EXTRA_TERMS, StepFeatures
 from flexjax.scheduler.latency_model import LatencyModel
 from flexjax.scheduler.latency_profile import LatencyProfile
 from flexjax.scheduler.page_allocator import PageAllocator
@@ -25,6 +25,7 @@ from flexjax.scheduler.training import TrainingRun, TrainSequence
 from flexjax.slo import SLO, SLO_CLASSES
 
 _NOISE_BLOCK = 4096
+_OPTIMIZER = EXTRA_TERMS.index("num_optimizer_steps")
 
 
 def require(is_right: bool, name: str, rule: str, value: object) -> None:
@@ -185,6 +186,14 @@ class DeviceTimes:
         self._factor = factor
         self._draws = np.random.default_rng([seed, 0xD0])
         self._block: list[float] = []
+        self._optimizer_ms = profile.coefficients.extra_ms[_OPTIMIZER]
+
+    def tail_ms(self, features: StepFeatures) -> float:
+        """Milliseconds that the device works on after the step's tokens are there.
+
+        They are part of `ms`: optimizer steps, which the next step waits for but no token does.
+        """
+        return self._factor * self._optimizer_ms * features.num_optimizer_steps
 
     def ms(self, features: StepFeatures) -> float:
         """Milliseconds of the next step."""

@@ -211,8 +211,8 @@ class Simulator:
     def _skip_to_arrival(self, until_s: float) -> bool:
         """Moves the clock to the next arrival, as an idle engine is woken by it."""
         if not self._upcoming:
-            has_work = self.scheduler.has_requests or self.scheduler.finetuning.has_work
-            assert not has_work, "the scheduler has work and plans nothing"
+            # Jobs may be left: some policies never let them run.
+            assert not self.scheduler.has_requests, "the scheduler has requests and plans nothing"
             return False
         due_s = self._upcoming[0].arrival.arrival_s
         if due_s < until_s:
@@ -257,12 +257,19 @@ class Simulator:
         begin_s = max(self.now_s, self._device_free_s)
         has_work = bucket is not None or plan.losses or plan.optimizer_steps
         ms = self._device.ms(features) if has_work else 0.0
-        self._device_free_s = end_s = begin_s + ms / 1e3
+        tail_ms = min(ms, self._device.tail_ms(features)) if bucket is not None else ms
+        self._device_free_s = free_s = begin_s + ms / 1e3
+        end_s = free_s - tail_ms / 1e3
         worth = tile_target_tokens(tile)
-        return Flight(plan, bucket, features, launched_s, begin_s, end_s, worth)
+        return Flight(plan, bucket, features, launched_s, begin_s, end_s, free_s, worth)
 
     def _read(self, flight: Flight) -> None:
-        """Waits for a step and takes in its results."""
+        """Waits for a step and takes in its results.
+
+        As in the engine, a step ends for the host with its rows and tokens. Optimizer steps that
+        follow it delay the next step, which is therefore seen to take longer; and the host waits
+        for them where it reads their losses.
+        """
         now_s = self.now_s = max(self.now_s, flight.end_s)
         begin_s, totals = max(flight.launched_s, self._last_done_s), self.recording.totals
         if flight.bucket is not None:
@@ -271,10 +278,12 @@ class Simulator:
                 self.recording.add_step(flight, begin_s, now_s, predicted_ms)
             self.latency.observe(flight.features, 1e3 * (now_s - begin_s))
             if now_s <= totals.until_s:
-                totals.add(flight.features, flight.end_s - flight.begin_s, flight.target_tokens)
+                totals.add(flight.features, flight.free_s - flight.begin_s, flight.target_tokens)
         self._last_done_s = now_s
         if flight.plan.samples:
             self._take_tokens(flight.plan, now_s)
+        if flight.plan.optimizer_steps or flight.plan.eval_results:
+            self.now_s = max(now_s, flight.free_s)
         self._take_results(flight.plan, now_s)
         self.now_s += self._options.host.read_ms / 1e3
 

@@ -52,7 +52,8 @@ LARGEST, SMALL = FinetuneBudget(32, 32), FinetuneBudget(8, 8)
         (Turn(max_ms=8.0, reach_ms=None), SMALL),  # 1 + 2 * 2 + 0.8 + 1.6 = 7.4 ms
         (Turn(max_ms=8.0, reach_ms=100.0, mean_ms=6.0), FinetuneBudget(0, 0)),
         (Turn(max_ms=8.0, reach_ms=8.0, mean_ms=6.0), SMALL),  # it will not get better
-        (Turn(max_ms=8.0, reach_ms=100.0, mean_ms=50.0), SMALL),  # nothing to save up for
+        (Turn(max_ms=8.0, reach_ms=14.0, mean_ms=6.0), FinetuneBudget(0, 0)),
+        (Turn(max_ms=8.0, reach_ms=9.0, mean_ms=8.5), SMALL),  # no whole tile will ever fit
         (Turn(max_ms=7.0, reach_ms=100.0, mean_ms=6.0), FinetuneBudget(0, 0)),
     ],
 )
