@@ -18,7 +18,14 @@ import numpy as np
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import Load, StepPredictor, choose_mix, chunk_limit, weigh_mixes
+from flexjax.scheduler.budget import (
+    FinetuneBudget,
+    Load,
+    StepPredictor,
+    choose_mix,
+    chunk_limit,
+    weigh_mixes,
+)
 from flexjax.scheduler.features import causal_pairs, decode_kv
 from flexjax.scheduler.finetuning import FinetunePlanner
 from flexjax.scheduler.page_allocator import PageAllocator
@@ -93,6 +100,7 @@ class Scheduler:
         self._was_inference = False
         self._is_blocked = False
         self._num_waits = 0
+        self._weighed: tuple[int, FinetuneBudget] | None = None
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
 
@@ -185,9 +193,12 @@ class Scheduler:
         Returns:
           Whether the plan has rows now.
         """
+        self._weighed = None
         can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and self._decoding
         is_shared = turn.inference and turn.finetuning and self.finetuning.runs
-        if not (can_wait and is_shared) or self._prefilling or len(self.waiting):
+        if self._is_deterministic or not (can_wait and is_shared):
+            return False
+        if self._prefilling or len(self.waiting):
             return False
         rows, read = len(self._decoding), [len(s.tokens) + s.in_flight for s in self._decoding]
         padded = self.ladder.padded_decode(rows)
@@ -196,6 +207,7 @@ class Scheduler:
         self.finetuning.offer(load)
         choice = weigh_mixes(load, turn, self.ladder, self.latency, can_be_alone=True)
         if not choice.is_alone:
+            self._weighed = (rows, choice.budget)
             return False
         self.finetuning.plan(plan, choice.budget, rows)
         plan.discarded.extend(self.finetuning.take_discarded())
@@ -422,8 +434,11 @@ class Scheduler:
             longest_ms = 1e3 * min(chunk.sequence.tpot_s for chunk in plan.prefill)
             turn = dataclasses.replace(turn, max_ms=min(turn.max_ms, longest_ms), reach_ms=None)
         if self._num_waits >= _PATIENCE_STEPS:
-            turn = dataclasses.replace(turn, reach_ms=None)
-        budget = choose_mix(load, turn, self.ladder, self.latency)
+            turn, self._weighed = dataclasses.replace(turn, reach_ms=None), None
+        if self._weighed and self._weighed[0] == load.decode_rows and not plan.prefill:
+            budget = self._weighed[1]  # of the same load, a moment ago
+        else:
+            budget = choose_mix(load, turn, self.ladder, self.latency)
         self._num_waits = 0 if budget.rows else self._num_waits + 1
         self.finetuning.plan(plan, budget, reserve)
 
