@@ -171,6 +171,31 @@ class Burst:
     length_s: float
 
 
+def check_sweep_fields(
+    policies: Sequence[str], rates: Sequence[float], targets: SLO, window_s: float
+) -> None:
+    """Refuses what no sweep over policies and rates can run.
+
+    Args:
+      policies: Names.
+      rates: Requests per second.
+      targets: Latency targets.
+      window_s: Seconds of a run.
+
+    Raises:
+      ValueError: If a list is empty or repeats itself, a number is not positive, or a target is
+        missing.
+    """
+    for name, value in (("policies", policies), ("rates", rates)):
+        is_right = len(value) > 0 and len(set(value)) == len(value)
+        _require(is_right, name, "not empty and without repetitions", value)
+    for rate in rates:
+        _require(math.isfinite(rate) and rate > 0, "rates", "numbers > 0", rate)
+    has_both = targets.ttft_ms is not None and targets.tpot_ms is not None
+    _require(has_both, "targets", "an SLO with TTFT and TPOT", targets)
+    _require(window_s > 0, "window_s", "> 0", window_s)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepSettings:
     """What a sweep runs.
@@ -197,15 +222,7 @@ class SweepSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("policies", "rates"):
-            value = getattr(self, name)
-            is_right = len(value) > 0 and len(set(value)) == len(value)
-            _require(is_right, name, "not empty and without repetitions", value)
-        for rate in self.rates:
-            _require(math.isfinite(rate) and rate > 0, "rates", "numbers > 0", rate)
-        has_both = self.targets.ttft_ms is not None and self.targets.tpot_ms is not None
-        _require(has_both, "targets", "an SLO with TTFT and TPOT", self.targets)
-        _require(self.window_s > 0, "window_s", "> 0", self.window_s)
+        check_sweep_fields(self.policies, self.rates, self.targets, self.window_s)
         _require(self.repeats >= 1, "repeats", "at least 1", self.repeats)
 
     @property

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from flexjax.bench.paced import Pace, paced
-from flexjax.bench.policies import LoadSource, tier_of
+from flexjax.bench.policies import LoadSource, check_sweep_fields, tier_of
 from flexjax.bench.serving import run_workload
 from flexjax.bench.sim_report import ComparedRow, Comparison, compare_row
 from flexjax.bench.simulate import simulated_engine
@@ -86,15 +86,7 @@ class CheckSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("policies", "rates"):
-            value = getattr(self, name)
-            is_right = len(value) > 0 and len(set(value)) == len(value)
-            _require(is_right, name, "not empty and without repetitions", value)
-        for rate in self.rates:
-            _require(math.isfinite(rate) and rate > 0, "rates", "numbers > 0", rate)
-        has_both = self.targets.ttft_ms is not None and self.targets.tpot_ms is not None
-        _require(has_both, "targets", "an SLO with TTFT and TPOT", self.targets)
-        _require(self.window_s > 0, "window_s", "> 0", self.window_s)
+        check_sweep_fields(self.policies, self.rates, self.targets, self.window_s)
         _require(self.drain_s >= 0, "drain_s", ">= 0", self.drain_s)
         _require(self.repeats >= 2, "repeats", "at least 2", self.repeats)
         _require(self.num_simulations >= 1, "num_simulations", "at least 1", self.num_simulations)

@@ -15,7 +15,8 @@ from flexjax.engine.sizing import Sizing
 from flexjax.engine.step_cost import step_cost
 from flexjax.layout import Bucket
 from flexjax.model_config import ModelConfig
-from flexjax.scheduler.features import LatencySample, StepFeatures, causal_pairs
+from flexjax.scheduler.features import LatencySample, StepFeatures
+from flexjax.scheduler.kv_reads import causal_pairs
 from flexjax.scheduler.latency_profile import LatencyProfile, profile_sizes
 from flexjax.simulator import paper
 from flexjax.simulator.setup import SimulatedEngine, require_number

@@ -16,7 +16,7 @@ from flexjax.layout import (
     step_fields,
     unpack,
 )
-from flexjax.scheduler.features import decode_kv
+from flexjax.scheduler.kv_reads import decode_kv
 from flexjax.scheduler.plan import BackwardTile, ForwardPiece, LossWindow, PrefillChunk, StepPlan
 from flexjax.scheduler.sequence import Sequence
 from flexjax.scheduler.training import Group

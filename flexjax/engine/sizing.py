@@ -7,7 +7,8 @@ import dataclasses
 from flexjax.config import EngineConfig
 from flexjax.layout import StepSizes
 from flexjax.model_config import ModelConfig
-from flexjax.scheduler.buckets import BucketLadder, DenseReads
+from flexjax.scheduler.buckets import BucketLadder
+from flexjax.scheduler.kv_reads import DenseReads
 
 _DEFAULT_CONTEXT = 2048
 

@@ -8,8 +8,7 @@ import itertools
 
 from flexjax.config import EngineConfig
 from flexjax.layout import Bucket
-
-_KEYS_PER_BLOCK = 128
+from flexjax.scheduler.kv_reads import DenseReads
 
 
 def _at_least(sizes: tuple[int, ...], rows: int) -> int:
@@ -17,34 +16,6 @@ def _at_least(sizes: tuple[int, ...], rows: int) -> int:
     if rows == 0:
         return 0
     return sizes[bisect.bisect_left(sizes, rows)]
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseReads:
-    """Attention in which all rows of a kind meet every key that any of them needs.
-
-    So does the reference implementation: its time follows rows times keys listed, not tokens seen.
-
-    Attributes:
-      page_size: Tokens of a page.
-      block_pages: Pages that are read at once.
-    """
-
-    page_size: int
-    block_pages: int
-
-    @classmethod
-    def of(cls, page_size: int) -> DenseReads:
-        """What `pallas_kernels.paged_attention.reference` does, which is not imported for it."""
-        return cls(page_size, max(1, _KEYS_PER_BLOCK // page_size))
-
-    def pages(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens of a sequence."""
-        return -(-num_tokens // self.page_size)
-
-    def keys(self, num_pages: int) -> int:
-        """Keys that every row meets, when so many pages are listed."""
-        return -(-num_pages // self.block_pages) * self.block_pages * self.page_size
 
 
 @dataclasses.dataclass(frozen=True)

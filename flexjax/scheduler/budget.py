@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Protocol, runtime_checkable
 
-from flexjax.scheduler.buckets import BucketLadder, DenseReads
+from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.features import StepFeatures
+from flexjax.scheduler.kv_reads import DenseReads
 from flexjax.scheduler.policy import Turn
 from flexjax.scheduler.training import Group
 

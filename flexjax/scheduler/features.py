@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Iterable
 
 from flexjax.layout import Bucket
-from flexjax.scheduler.buckets import BucketLadder, DenseReads
+from flexjax.scheduler.buckets import BucketLadder
+from flexjax.scheduler.kv_reads import decode_kv, dense_pairs, seen_pairs
 from flexjax.scheduler.plan import StepPlan
 
 LEAST_MS = 1e-3
@@ -70,11 +69,6 @@ COUNTS = tuple(f.name for f in dataclasses.fields(StepFeatures) if f.name != "bu
 """Fields of `StepFeatures` that are counts."""
 
 
-def causal_pairs(start: int, length: int) -> int:
-    """Tokens attended by rows at positions [start, start + length) of one sequence, summed."""
-    return length * start + length * (length + 1) // 2
-
-
 def features_of(
     plan: StepPlan,
     bucket: Bucket | None,
@@ -105,9 +99,9 @@ def features_of(
         raise ValueError(f"`bucket` must hold the plan's {rows} rows; got {bucket}.")
     reads = ladder.reads if ladder else None
     if reads:
-        chunk_pairs, tile_pairs = _dense_pairs(plan, bucket, reads)
+        chunk_pairs, tile_pairs = dense_pairs(plan, bucket, reads)
     else:
-        chunk_pairs, tile_pairs = _seen_pairs(plan)
+        chunk_pairs, tile_pairs = seen_pairs(plan)
     if decode_kv_tokens is None:
         contexts = [row.position + 1 for row in plan.decode]
         decode_kv_tokens = decode_kv(contexts, bucket.decode, reads)
@@ -125,45 +119,6 @@ def features_of(
         loss_rows=sum(_padded(w.length, ladder.window if ladder else None) for w in plan.losses),
         num_optimizer_steps=len(plan.optimizer_steps),
     )
-
-
-def decode_kv(contexts: Sequence[int], padded_rows: int, reads: DenseReads | None) -> int:
-    """Context tokens that decode rows read, summed over rows.
-
-    Args:
-      contexts: Tokens that each row sees.
-      padded_rows: Rows of the bucket.
-      reads: As `BucketLadder.reads`.
-    """
-    if reads is None or not contexts:
-        return sum(contexts)
-    return padded_rows * reads.keys(reads.pages(max(contexts)))
-
-
-def _dense_pairs(plan: StepPlan, bucket: Bucket, reads: DenseReads) -> tuple[int, int]:
-    size, tile = reads.page_size, plan.tile
-    pages = sum(reads.pages(chunk.start + chunk.length) for chunk in plan.prefill)
-    pages += sum(p.group.pages_read(p.start, p.length, size) for p in plan.forward)
-    chunk_pairs = bucket.chunk * reads.keys(pages)
-    if tile is None:
-        return chunk_pairs, 0
-    pages = tile.group.pages_read(tile.start, tile.length, size)
-    return chunk_pairs, tile.num_layers * bucket.window * reads.keys(pages)
-
-
-def _seen_pairs(plan: StepPlan) -> tuple[int, int]:
-    chunk_pairs = sum(causal_pairs(chunk.start, chunk.length) for chunk in plan.prefill)
-    for piece in plan.forward:
-        chunk_pairs += _stream_pairs(piece.group.positions, piece.start, piece.length)
-    tile = plan.tile
-    if tile is None:
-        return chunk_pairs, 0
-    pairs = _stream_pairs(tile.group.positions, tile.start, tile.length)
-    return chunk_pairs, tile.num_layers * pairs
-
-
-def _stream_pairs(positions: np.ndarray, start: int, length: int) -> int:
-    return length + int(positions[start : start + length].sum(dtype=np.int64))
 
 
 def _padded(rows: int, sizes: tuple[int, ...] | None) -> int:

@@ -20,8 +20,8 @@ from flexjax.scheduler.features import (
     LatencySample,
     RooflineCosts,
     StepFeatures,
-    causal_pairs,
 )
+from flexjax.scheduler.kv_reads import causal_pairs
 from flexjax.scheduler.latency_fit import fit_coefficients
 
 FORMAT_VERSION = 1

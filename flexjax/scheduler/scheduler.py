@@ -26,8 +26,8 @@ from flexjax.scheduler.budget import (
     chunk_limit,
     weigh_mixes,
 )
-from flexjax.scheduler.features import causal_pairs, decode_kv
 from flexjax.scheduler.finetuning import FinetunePlanner
+from flexjax.scheduler.kv_reads import causal_pairs, decode_kv
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import DecodeRow, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
@@ -256,7 +256,7 @@ class Scheduler:
             previous_s = sequence.last_token_s
             if sequence.in_flight or previous_s is None:
                 previous_s = begin_s  # the step before ends with it
-            due_s, reach_s = sequence.due_s(previous_s, pace_s)
+            due_s, reach_s = sequence.due_and_reach_s(previous_s, pace_s)
             if due_s < least_s:
                 least_s = due_s
             if reach_s < least_reach_s:

@@ -108,7 +108,7 @@ class Sequence:
         """Output tokens that exist."""
         return self.num_tokens - self.prompt_len
 
-    def due_s(self, previous_s: float, pace_s: float) -> tuple[float, float]:
+    def due_and_reach_s(self, previous_s: float, pace_s: float) -> tuple[float, float]:
         """When the next token of a request that has some is due, and what patience would give.
 
         Token j after the first is due j TPOTs after it, so that time saved on early tokens may be

@@ -9,9 +9,10 @@ from flexjax.config import FinetuneConfig, SamplingParams
 from flexjax.engine.batch import build_step
 from flexjax.layout import Bucket, StepSizes, step_fields, unpack
 from flexjax.request import GenerationRequest
-from flexjax.scheduler.buckets import BucketLadder, DenseReads
+from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix, weigh_mixes
 from flexjax.scheduler.features import features_of
+from flexjax.scheduler.kv_reads import DenseReads
 from flexjax.scheduler.plan import BackwardTile, DecodeRow, ForwardPiece, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import Turn
 from flexjax.scheduler.sequence import RESERVE_SHARE, RESERVE_START, RESERVE_TOKENS, Sequence
@@ -121,7 +122,7 @@ def test_time_that_was_saved_is_kept_but_for_a_reserve(number):
     slo = SLO(tpot_ms=10.0, itl_ms=10_000.0)
     sequence = answering(number, first_s=2.0, slo=slo)
     previous_s = 2.0 + (number - 1) * 0.004
-    due_s, reach_s = sequence.due_s(previous_s, 0.004)
+    due_s, reach_s = sequence.due_and_reach_s(previous_s, 0.004)
     reserve = min(RESERVE_START + RESERVE_SHARE * number, RESERVE_TOKENS)
     assert due_s == pytest.approx(2.0 + 0.01 * (number - reserve))
     left = 100 - number
@@ -130,17 +131,17 @@ def test_time_that_was_saved_is_kept_but_for_a_reserve(number):
 
 def test_no_gap_is_longer_than_the_longest():
     sequence = answering(50, first_s=0.0, slo=SLO(tpot_ms=10.0, itl_ms=25.0))
-    due_s, reach_s = sequence.due_s(0.1, 0.004)
+    due_s, reach_s = sequence.due_and_reach_s(0.1, 0.004)
     assert due_s == pytest.approx(0.125) and reach_s == pytest.approx(0.025)
     capped = answering(50, first_s=0.0, slo=SLO(tpot_ms=10.0))
-    assert capped.due_s(0.1, 0.004) == pytest.approx((0.11, 0.01))
+    assert capped.due_and_reach_s(0.1, 0.004) == pytest.approx((0.11, 0.01))
 
 
 def test_a_late_request_goes_first_and_a_lost_one_keeps_the_pace():
     late = answering(10, first_s=0.0, slo=SLO(tpot_ms=10.0))
-    assert late.due_s(0.11, 0.004) == pytest.approx((0.11, 0.01))
+    assert late.due_and_reach_s(0.11, 0.004) == pytest.approx((0.11, 0.01))
     lost = answering(99, first_s=0.0, slo=SLO(tpot_ms=10.0))
-    assert lost.due_s(5.0, 0.004) == pytest.approx((5.01, 0.01))
+    assert lost.due_and_reach_s(5.0, 0.004) == pytest.approx((5.01, 0.01))
 
 
 # What attention reads.

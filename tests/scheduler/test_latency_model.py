@@ -17,9 +17,9 @@ from flexjax.scheduler.features import (
     LatencySample,
     RooflineCosts,
     StepFeatures,
-    causal_pairs,
     features_of,
 )
+from flexjax.scheduler.kv_reads import causal_pairs
 from flexjax.scheduler.latency_model import LatencyModel
 from flexjax.scheduler.latency_profile import (
     LatencyProfile,
