@@ -31,18 +31,13 @@ from flexjax.scheduler.kv_reads import causal_pairs, decode_kv
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import DecodeRow, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
-from flexjax.scheduler.sequence import RESERVE_SHARE, Sequence, SequenceStatus
+from flexjax.scheduler.sequence import Sequence, SequenceStatus
+from flexjax.scheduler.survey import first_token_is_urgent, survey
 from flexjax.scheduler.training import TrainingRun
 from flexjax.scheduler.waiting import WaitingQueue
 
 _OUTPUT_WEIGHT = 2.0
 """What an output token costs an adapter beside a prompt token, when adapters share."""
-
-_PREFILL_MARGIN = 2.0
-"""A first token is urgent once less than this many times its expected prefill is left."""
-
-_BLOCKED_SHARE = 0.5
-"""A first token that waits for memory or a slot is urgent once this share of its time is left."""
 
 _PATIENCE_STEPS = 32
 """Steps that finetuning waits for one that can hold more of it, before it takes what it gets."""
@@ -217,54 +212,26 @@ class Scheduler:
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
         pace_ms = self._pace_ms(len(self.running))
-        slack_ms, reach_ms, mean_ms = self._survey(begin_s, pace_ms / 1e3)
+        found = survey(self.running, begin_s, pace_ms / 1e3)
+        self._prefilling, self._decoding = found.prefilling, found.decoding
+        is_urgent = first_token_is_urgent(
+            found.prefilling,
+            self.waiting,
+            begin_s,
+            pace_ms=pace_ms,
+            row_ms=self._prefill_row_ms,
+            is_blocked=self._is_blocked,
+        )
         return StepView(
-            slack_ms=slack_ms,
-            reach_ms=reach_ms,
-            mean_ms=mean_ms,
-            is_urgent=self._is_urgent(begin_s, pace_ms),
+            slack_ms=found.slack_ms,
+            reach_ms=found.reach_ms,
+            mean_ms=found.mean_ms,
+            is_urgent=is_urgent,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             has_finetuning=self.finetuning.has_work,
             finished_groups=self.finetuning.finished_groups,
         )
-
-    def _survey(self, begin_s: float, pace_s: float) -> tuple[float, float, float]:
-        """Sorts the running requests into those that decode and those that prefill.
-
-        Once for each running request and iteration, so it does by hand what properties of
-        `Sequence` do.
-
-        Returns:
-          Milliseconds from `begin_s` to the earliest token that a decoding request is owed; the
-          same for tokens after it at the most, were finetuning to wait; and what steps may take
-          on average.
-        """
-        self._prefilling, self._decoding = [], []
-        least_s = least_reach_s = least_tpot_s = infinity = math.inf
-        for sequence in self.running:
-            num_tokens = len(sequence.tokens) + sequence.in_flight
-            if sequence.num_computed != num_tokens - 1 or num_tokens == sequence.prompt_len:
-                if sequence.num_computed < num_tokens:
-                    self._prefilling.append(sequence)
-                continue
-            if num_tokens >= sequence.max_tokens:
-                continue  # its last token is on its way
-            self._decoding.append(sequence)
-            if sequence.tpot_s == infinity:
-                continue
-            previous_s = sequence.last_token_s
-            if sequence.in_flight or previous_s is None:
-                previous_s = begin_s  # the step before ends with it
-            due_s, reach_s = sequence.due_and_reach_s(previous_s, pace_s)
-            if due_s < least_s:
-                least_s = due_s
-            if reach_s < least_reach_s:
-                least_reach_s = reach_s
-            if sequence.tpot_s < least_tpot_s:
-                least_tpot_s = sequence.tpot_s
-        mean_s = (1.0 - RESERVE_SHARE) * least_tpot_s
-        return 1e3 * (least_s - begin_s), 1e3 * least_reach_s, 1e3 * mean_s
 
     def _pace_ms(self, decode_rows: int) -> float:
         """Expected milliseconds of a step that only decodes."""
@@ -272,28 +239,6 @@ class Scheduler:
             return 0.0
         load = Load(decode_rows=decode_rows, sample_rows=decode_rows)
         return self.latency.predict(load.features(self.ladder, 0, 0))
-
-    def _is_urgent(self, begin_s: float, pace_ms: float) -> bool:
-        """Whether a first token would come late if finetuning took its share."""
-        prefilling = [s for s in self._prefilling if not s.num_sampled]
-        heads = [s for s in self.waiting.heads() if not s.num_sampled]
-        if not any(s.request.slo.ttft_ms is not None for s in (*prefilling, *heads)):
-            return False
-        row_ms = self._prefill_row_ms()
-        ahead = sum(s.num_tokens - s.num_computed for s in prefilling)
-        for sequence in (*prefilling, *heads):
-            slo = sequence.request.slo
-            slack_ms = 1e3 * (sequence.request.arrival_s + slo.ttft_s - begin_s)
-            is_head = sequence.status is SequenceStatus.WAITING
-            rows = ahead + (sequence.num_tokens if is_head else 0)
-            needed_ms = _PREFILL_MARGIN * (rows * row_ms + 2 * pace_ms)
-            if is_head and self._is_blocked:
-                needed_ms = max(needed_ms, _BLOCKED_SHARE * 1e3 * slo.ttft_s)
-            if slack_ms < needed_ms:
-                return True
-        # The last in the queue arrived at the earliest now: it has its whole time yet.
-        longest_ms = max(1e3 * s.request.slo.ttft_s for s in (*prefilling, *heads))
-        return (ahead + self.waiting.num_tokens) * row_ms > _BLOCKED_SHARE * longest_ms
 
     def _prefill_row_ms(self) -> float:
         """Expected milliseconds of a prefill row in a full chunk."""
