@@ -16,7 +16,7 @@ from flexjax.layout import (
     step_fields,
     unpack,
 )
-from flexjax.scheduler.kv_reads import decode_kv
+from flexjax.scheduler.kv_reads import SequenceRows, decode_kv
 from flexjax.scheduler.plan import BackwardTile, ForwardPiece, LossWindow, PrefillChunk, StepPlan
 from flexjax.scheduler.sequence import Sequence
 from flexjax.scheduler.training import Group
@@ -85,7 +85,8 @@ def build_full_step(
     fields["positions" if bucket.chunk else "tile_positions"][:rows] = positions
     pairs = int((positions + 1).sum())
     if reads:
-        pairs = (bucket.chunk + bucket.window) * reads.keys(len(pages))
+        pieces = [SequenceRows(context - rows, rows)]
+        pairs = reads.pairs(bucket.chunk + bucket.window, pieces)
     if bucket.chunk:
         return packed, {"chunk_kv_pairs": pairs}
     return packed, {"tile_kv_pairs": pairs * bucket.tile_layers}

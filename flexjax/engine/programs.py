@@ -149,7 +149,7 @@ class Programs:
             packed = jax.ShapeDtypeStruct((size,), jnp.int32)
             step = functools.partial(co_serve_step, self._config, bucket, self._sizes)
             args = (self._weights, self._bank, self._state, sums if bucket.window else None, packed)
-            options = {} if bucket.chunk or bucket.window else _few_rows_options()
+            options = _cpu_options(_NO_LIBRARY if bucket.chunk or bucket.window else _DOTS_ONLY)
             jobs["step", bucket] = (step, (2, 3), args, options)
         for rows in sample_rows:
             packed = jax.ShapeDtypeStruct((packed_size(sample_fields(rows)),), jnp.int32)
@@ -210,16 +210,21 @@ def _compile(
     return lowered.compile(compiler_options=dict(options) or None)
 
 
-@functools.cache
-def _few_rows_options() -> dict[str, str]:
-    """Compiler options of programs with few rows.
+_NO_LIBRARY, _DOTS_ONLY = "", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
-    XLA's CPU backend gives sums to a library by default, which takes longer for a row's attention
-    than all its matrix products do; here only the products go there.
+
+@functools.cache
+def _cpu_options(library: str) -> dict[str, str]:
+    """Compiler options of a step: what XLA's CPU backend gives to its library of operations.
+
+    By default it gives products and sums. For a row's attention the library's sums take longer than
+    all of its matrix products, so steps of few rows give it products only. Steps of many rows give
+    it nothing: their products are as fast without it, and the many small ones of attention and
+    adapters faster. The heads over the vocabulary keep the default.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    options = {"xla_cpu_experimental_ynn_fusion_type": library}
     try:
         jax.jit(lambda x: x + 1).lower(_FLOAT).compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError:  # a version of XLA that does not know the option

@@ -24,7 +24,7 @@ from flexjax.engine.sizing import Sizing
 from flexjax.layout import Bucket
 from flexjax.lora.bank import init_bank, pad_lora
 from flexjax.model_config import ModelConfig
-from flexjax.models.weights import DecoderWeights, split_layers
+from flexjax.models.weights import DecoderWeights, split_kernels
 from flexjax.optim.adamw import Hyper, OptimizerState, StepStats, init_optimizer
 from flexjax.optim.sums import GradSums, zero_sums
 from flexjax.scheduler.features import StepFeatures, features_of
@@ -109,7 +109,7 @@ class Runner:
         set_compile_cache(config.compile_cache_dir)
         self.model = model
         self.sizing = sizing
-        self.weights = split_layers(weights) if jax.default_backend() == "cpu" else weights
+        self.weights = split_kernels(weights) if jax.default_backend() == "cpu" else weights
         self.bank = init_bank(model, config.max_adapters, config.max_lora_rank, sizing.dtype)
         self.state = EngineState(
             init_pool(model, sizing.num_pages, config.page_size, sizing.dtype),

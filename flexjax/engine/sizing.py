@@ -8,7 +8,7 @@ from flexjax.config import EngineConfig
 from flexjax.layout import StepSizes
 from flexjax.model_config import ModelConfig
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.kv_reads import DenseReads
+from flexjax.scheduler.kv_reads import TiledReads
 
 _DEFAULT_CONTEXT = 2048
 
@@ -60,9 +60,11 @@ class Sizing:
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float32" if platform == "cpu" else model.dtype
-        is_dense = config.kernels == "reference" or (config.kernels is None and platform == "cpu")
-        reads = DenseReads.of(config.page_size)
-        ladder = BucketLadder.from_config(config, model.num_layers, reads if is_dense else None)
+        kernels = config.kernels or ("reference" if platform == "cpu" else "triton")
+        reads = TiledReads(config.page_size)
+        ladder = BucketLadder.from_config(
+            config, model.num_layers, reads if kernels == "reference" else None
+        )
         pages_per_seq = -(-context // config.page_size)
         can_finetune = config.max_jobs > 0
         finetune_tokens = config.finetune_tokens or max(context, 4 * ladder.max_window)

@@ -8,6 +8,7 @@ decoding, rows with different adapters, and the backward pass with kept outputs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,11 +49,11 @@ def rotary(
 
 
 class StackedLayer(Mapping[str, Array]):
-    """One layer's arrays, read in place from the stacks of all layers.
+    """One layer's arrays, read in place from the arrays of all layers.
 
     XLA copies a layer's kernel out of its stack before a product reads it, which triples what a
-    step of few rows moves. Here products go to kernels that take the stack and the layer's index;
-    only the small arrays are sliced.
+    step of few rows moves. Here products take the arrays of all layers and the layer's index, see
+    `Kernel`; only the small arrays are sliced.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class Kernel:
     """The kernel of one linear.
 
     Attributes:
-      array: [in, out], or the stack of all layers with their axis first.
-      layer: Layer to read of a stack, int32; None for a kernel of its own.
+      array: [in, out]; or the kernels of all layers: one array with their axis first, which goes to
+        a kernel that reads it in place, or a tuple of arrays, of which a branch takes one.
+      layer: Layer to read of all, int32; None for a kernel of its own.
       implementation: Of the products with a stack; static.
     """
 
@@ -95,18 +97,37 @@ class Kernel:
     def multiply(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """Returns X W, float32."""
         if self.layer is None:
-            return jnp.dot(x, self.array, preferred_element_type=jnp.float32)
+            return _multiply(x, self.array)
+        if isinstance(self.array, tuple):
+            return self._choose(_multiply, x)
         kernels = (self.array,)
         return stacked_matmul(x, kernels, self.layer, implementation=self.implementation)[0]
 
     def multiply_transposed(self, dy: Float[Array, "T O"]) -> Float[Array, "T I"]:
         """Returns dY W^T, float32."""
         if self.layer is None:
-            dims = (((1,), (1,)), ((), ()))
-            return lax.dot_general(dy, self.array, dims, preferred_element_type=jnp.float32)
+            return _multiply_transposed(dy, self.array)
+        if isinstance(self.array, tuple):
+            return self._choose(_multiply_transposed, dy)
         return stacked_matmul_transposed(
             (dy,), (self.array,), self.layer, implementation=self.implementation
         )
+
+    def _choose(self, multiply: Callable[[Array, Array], Array], rows: Array) -> Array:
+        def branch(index: int, rows: Array, kernels: tuple[Array, ...]) -> Array:
+            return multiply(rows, kernels[index])
+
+        branches = [functools.partial(branch, index) for index in range(len(self.array))]
+        return lax.switch(self.layer, branches, rows, self.array)
+
+
+def _multiply(x: Array, kernel: Array) -> Array:
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _multiply_transposed(dy: Array, kernel: Array) -> Array:
+    dims = (((1,), (1,)), ((), ()))
+    return lax.dot_general(dy, kernel, dims, preferred_element_type=jnp.float32)
 
 
 def kernel_of(weights: LayerWeights, name: str) -> Kernel:

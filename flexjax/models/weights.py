@@ -26,8 +26,8 @@ class DecoderWeights(NamedTuple):
       final_norm: Scale of the last RMS norm.
       lm_head: Output head, or None when it is the embedding.
       layers: Arrays of all layers by name ("q_proj.kernel", "q_proj.bias", "input_norm", ...),
-        stacked on a leading layer axis; kernels are [L, in, out]. Or, after `split_layers`, a
-        tuple of such dicts, one a layer, without the axis.
+        stacked on a leading layer axis; kernels are [L, in, out], or, after `split_kernels`, tuples
+        of L arrays [in, out].
     """
 
     embed: Float[Array, "V D"]
@@ -97,30 +97,32 @@ def weight_specs(config: ModelConfig) -> DecoderWeights:
     )
 
 
-def split_layers(weights: DecoderWeights) -> DecoderWeights:
-    """Gives each layer arrays of its own, for a backend whose loops copy a layer out of the stack.
+def split_kernels(weights: DecoderWeights) -> DecoderWeights:
+    """Gives the kernels of each layer arrays of their own, for a backend that cannot read a stack.
 
-    XLA's CPU backend does: it materializes a dynamic slice before a product reads it, which is
-    about half of the time of a decode step. A program with few rows unrolls its layers instead; one
-    with many rows stacks them again, where that copy is a small part.
+    XLA's CPU backend materializes a slice of a stack before a product reads it, which is about half
+    of the time of a decode step, and a sixth of a finetuning step's. A step that unrolls its layers
+    names the kernels of each; one that loops over them takes a branch for each product; see
+    `models.layers.Kernel`.
 
     Args:
       weights: Stacked weights. Drop them afterwards, or there are two copies.
+
+    Returns:
+      The same with a tuple of [in, out] arrays, one a layer, for each kernel. Norms and biases stay
+      stacked.
     """
-    num_layers = next(iter(weights.layers.values())).shape[0]
-    layers = tuple(
-        {name: jnp.array(stack[index]) for name, stack in weights.layers.items()}
-        for index in range(num_layers)
-    )
+
+    def split(name: str, stack: Array) -> Array | tuple[Array, ...]:
+        return tuple(jnp.array(one) for one in stack) if name.endswith(".kernel") else stack
+
+    layers = {name: split(name, stack) for name, stack in weights.layers.items()}
     return weights._replace(layers=layers)  # type: ignore[arg-type]
 
 
-def stack_layers(weights: DecoderWeights) -> DecoderWeights:
-    """Undoes `split_layers`; stacked weights are returned as they are."""
-    if not isinstance(weights.layers, tuple):
-        return weights
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights.layers)
-    return weights._replace(layers=stacked)
+def has_split_kernels(weights: DecoderWeights) -> bool:
+    """Whether `split_kernels` made these weights."""
+    return any(isinstance(array, tuple) for array in weights.layers.values())
 
 
 def abstract_weights(config: ModelConfig, dtype: str) -> DecoderWeights:

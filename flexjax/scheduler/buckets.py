@@ -8,7 +8,7 @@ import itertools
 
 from flexjax.config import EngineConfig
 from flexjax.layout import Bucket
-from flexjax.scheduler.kv_reads import DenseReads
+from flexjax.scheduler.kv_reads import TiledReads
 
 
 def _at_least(sizes: tuple[int, ...], rows: int) -> int:
@@ -36,11 +36,11 @@ class BucketLadder:
     window: tuple[int, ...]
     tile_layers: int
     last_tile_layers: int
-    reads: DenseReads | None = None
+    reads: TiledReads | None = None
 
     @classmethod
     def from_config(
-        cls, config: EngineConfig, num_layers: int, reads: DenseReads | None = None
+        cls, config: EngineConfig, num_layers: int, reads: TiledReads | None = None
     ) -> BucketLadder:
         """Derives the ladder from the engine's configuration.
 

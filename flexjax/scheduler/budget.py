@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.features import StepFeatures
-from flexjax.scheduler.kv_reads import DenseReads
+from flexjax.scheduler.kv_reads import GroupRows, SequenceRows
 from flexjax.scheduler.policy import Turn
 from flexjax.scheduler.training import Group
 
@@ -43,7 +43,7 @@ class Load:
       prefill_rows: Prefill rows.
       decode_kv_tokens: Tokens that the decode rows read, summed over rows.
       prefill_kv_pairs: Tokens that the prefill rows read, summed over rows.
-      prefill_pages: Pages that hold them.
+      prefill: The same rows, by sequence.
       sample_rows: Sequences that get a token.
       forward_rows: Finetuning rows that could go forward.
       forward_kv_tokens: Tokens that one of them reads, on average.
@@ -60,7 +60,7 @@ class Load:
     prefill_rows: int = 0
     decode_kv_tokens: int = 0
     prefill_kv_pairs: int = 0
-    prefill_pages: int = 0
+    prefill: tuple[SequenceRows, ...] = ()
     sample_rows: int = 0
     forward_rows: int = 0
     forward_kv_tokens: float = 0.0
@@ -79,10 +79,8 @@ class Load:
         )
         has_loss = self.has_loss and tile_rows > 0
         if ladder.reads:
-            keys = ladder.reads.keys(self._chunk_pages(forward_rows, ladder.reads))
-            chunk_kv_pairs = bucket.chunk * keys
-            keys = ladder.reads.keys(self._tile_pages(tile_rows, ladder.reads))
-            tile_kv_pairs = bucket.window * keys
+            chunk_kv_pairs = ladder.reads.pairs(bucket.chunk, self._chunk_pieces(forward_rows))
+            tile_kv_pairs = ladder.reads.pairs(bucket.window, self._tile_pieces(tile_rows))
         else:
             chunk_kv_pairs = self.prefill_kv_pairs + int(forward_rows * self.forward_kv_tokens)
             tile_kv_pairs = int(tile_rows * self.tile_kv_tokens)
@@ -100,20 +98,20 @@ class Load:
             loss_rows=bucket.window if has_loss else 0,
         )
 
-    def _chunk_pages(self, forward_rows: int, reads: DenseReads) -> int:
-        """Pages that the prefill rows see, and as many forward rows."""
-        pages, left = self.prefill_pages, forward_rows
+    def _chunk_pieces(self, forward_rows: int) -> list[SequenceRows | GroupRows]:
+        """The prefill rows, and as many forward rows."""
+        pieces: list[SequenceRows | GroupRows] = list(self.prefill)
+        left = forward_rows
         for group in self.forward_groups:
             length = min(left, group.num_rows - group.forward_end)
-            pages += group.pages_read(group.forward_end, length, reads.page_size)
+            pieces.append(GroupRows(group, group.forward_end, length))
             left -= length
-        return pages + reads.pages(left)
+        return [*pieces, SequenceRows(int(self.forward_kv_tokens), left)]
 
-    def _tile_pages(self, tile_rows: int, reads: DenseReads) -> int:
+    def _tile_pieces(self, tile_rows: int) -> list[SequenceRows | GroupRows]:
         if self.tile_group is None:
-            return reads.pages(tile_rows)
-        start = self.tile_end - tile_rows
-        return self.tile_group.pages_read(start, tile_rows, reads.page_size)
+            return [SequenceRows(0, tile_rows)]
+        return [GroupRows(self.tile_group, self.tile_end - tile_rows, tile_rows)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from flexjax.layout import Bucket
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.kv_reads import decode_kv, dense_pairs, seen_pairs
+from flexjax.scheduler.kv_reads import decode_kv, seen_pairs, tiled_pairs
 from flexjax.scheduler.plan import StepPlan
 
 LEAST_MS = 1e-3
@@ -99,7 +99,7 @@ def features_of(
         raise ValueError(f"`bucket` must hold the plan's {rows} rows; got {bucket}.")
     reads = ladder.reads if ladder else None
     if reads:
-        chunk_pairs, tile_pairs = dense_pairs(plan, bucket, reads)
+        chunk_pairs, tile_pairs = tiled_pairs(plan, bucket, reads)
     else:
         chunk_pairs, tile_pairs = seen_pairs(plan)
     if decode_kv_tokens is None:

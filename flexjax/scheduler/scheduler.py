@@ -27,7 +27,7 @@ from flexjax.scheduler.budget import (
     weigh_mixes,
 )
 from flexjax.scheduler.finetuning import FinetunePlanner
-from flexjax.scheduler.kv_reads import causal_pairs, decode_kv
+from flexjax.scheduler.kv_reads import SequenceRows, causal_pairs, decode_kv
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import DecodeRow, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
@@ -172,8 +172,7 @@ class Scheduler:
             self._plan_prefill(plan, load, limit)
             self._admit(plan, load, limit, now_s)
             load.prefill_rows = plan.num_chunk_rows
-            ends = [chunk.start + chunk.length for chunk in plan.prefill]
-            load.prefill_pages = sum(map(self.pages.pages_for, ends))
+            load.prefill = tuple(SequenceRows(one.start, one.length) for one in plan.prefill)
             load.sample_rows = len(plan.samples)
         self._was_inference = bool(plan.decode or plan.prefill)
         if turn.finetuning and not (self._is_deterministic and self._was_inference):
@@ -312,7 +311,6 @@ class Scheduler:
         if turn.max_ms < math.inf and self._prefilling:
             computed = [s.num_computed for s in self._prefilling]
             load.forward_kv_tokens = float(max(computed))
-            load.prefill_pages = sum(map(self.pages.pages_for, computed))
         return chunk_limit(load, turn, self.ladder, self.latency)
 
     def _plan_prefill(self, plan: StepPlan, load: Load, limit: int) -> None:

@@ -74,6 +74,7 @@ class Group:
         self.tokens = np.concatenate([s.tokens for s in self.sequences]).astype(np.int32)
         self.targets = np.concatenate([s.targets for s in self.sequences]).astype(np.int32)
         self.positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+        self._bounds: tuple[int, np.ndarray, np.ndarray] | None = None
         self._mean_context = float(self.positions.mean()) + 1.0
         self.rewind()
 
@@ -87,14 +88,29 @@ class Group:
         """Tokens that a row sees, on average: half its sequence."""
         return self._mean_context
 
-    def pages_read(self, start: int, length: int, page_size: int) -> int:
-        """Pages that rows [start, start + length) see, those before them in their sequences too."""
-        if length <= 0:
-            return 0
-        first, last = self.segment_of_row[start], self.segment_of_row[start + length - 1]
-        pages = -(-np.diff(self.offsets[first : last + 1]) // page_size)
-        end = start + length - int(self.offsets[last])
-        return int(pages.sum()) + -(-end // page_size)
+    def page_span(self, origin: int, start: int, length: int, page_size: int) -> tuple[int, int]:
+        """Which pages rows [start, start + length) see, those before them in their sequences too.
+
+        Args:
+          origin: Row whose sequence's first page counts as page 0.
+          start: First row.
+          length: Rows, at least 1.
+          page_size: Tokens of a page.
+
+        Returns:
+          Index of the first page and of the one behind the last, among the group's pages.
+        """
+        begin, end = self._page_bounds(page_size)
+        zero = int(begin[origin])
+        return int(begin[start]) - zero, int(end[start + length - 1]) - zero
+
+    def _page_bounds(self, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each row: its sequence's first page, and the page behind its own."""
+        if self._bounds is None or self._bounds[0] != page_size:
+            pages = -(-np.diff(self.offsets) // page_size)
+            begin = np.repeat(np.cumsum(pages) - pages, np.diff(self.offsets))
+            self._bounds = page_size, begin, begin + self.positions // page_size + 1
+        return self._bounds[1:]
 
     @property
     def is_placed(self) -> bool:

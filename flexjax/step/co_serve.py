@@ -28,7 +28,7 @@ from flexjax.models.layers import (
     post_attention,
     pre_attention,
 )
-from flexjax.models.weights import DecoderWeights, stack_layers
+from flexjax.models.weights import DecoderWeights, has_split_kernels
 from flexjax.optim.sums import GradSums
 from flexjax.step.fused import fused_layer
 from flexjax.step.rows import Backward, Forward, Walk, add_layer
@@ -63,9 +63,8 @@ def co_serve_step(
       to the next step, so the host cannot wait for it). Rows with a sample slot have left their
       last hidden state in `state.sample.hidden`, for the sampling head.
     """
-    is_unrolled = isinstance(weights.layers, tuple) and not (bucket.chunk or bucket.window)
-    if not is_unrolled:
-        weights = stack_layers(weights)
+    # Unrolled layers take long to compile, and only steps of few rows gain by it.
+    is_unrolled = has_split_kernels(weights) and not (bucket.chunk or bucket.window)
     walk = Walk.begin(config, bucket, sizes, weights, bank, packed)
     forward = _enter_forward(walk, state) if bucket.forward else None
     backward = _enter_backward(walk, state.arena, sums) if bucket.window else None
@@ -102,8 +101,10 @@ def co_serve_step(
 
 def _layer_weights(walk: Walk, layer: Array | int) -> LayerWeights:
     layers = walk.weights.layers
-    if isinstance(layers, tuple):
-        return layers[layer]  # type: ignore[index]
+    if isinstance(layer, int):
+        return {name: array[layer] for name, array in layers.items()}
+    if has_split_kernels(walk.weights):
+        return StackedLayer(layers, layer)
     if walk.sizes.kernels == "reference" or not can_run_triton():
         return {
             name: lax.dynamic_index_in_dim(array, jnp.asarray(layer), keepdims=False)

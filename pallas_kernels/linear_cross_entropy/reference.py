@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_BLOCK_ROWS = 128
+_BLOCK_ROWS = 256
 
 
 def linear_cross_entropy(

@@ -1,7 +1,9 @@
 """Attention over paged keys and values in plain jnp: a loop over blocks of pages.
 
 Online softmax with float32 accumulation. The loop ends with the last page that is in use, so the
-cost follows the live context lengths, not the padded shapes.
+cost follows the live context lengths, not the padded shapes. Many rows go in tiles, and a block of
+pages meets only the tiles between the first and the last that see any of it: about half of them
+where a sequence attends to itself, and few where short sequences are packed.
 """
 
 from __future__ import annotations
@@ -16,12 +18,21 @@ from pallas_kernels.paged_attention.types import PageList
 MASKED = -1e30
 """Score of a key that a query must not see; finite, so that fully masked rows stay finite."""
 
-_KEYS_PER_BLOCK = 128
+_DECODE_KEYS_PER_BLOCK = 128
 
 
-def pages_per_block(page_size: int) -> int:
-    """Pages that one loop iteration reads."""
-    return max(1, _KEYS_PER_BLOCK // page_size)
+def pages_per_block(page_size: int, keys: int = _DECODE_KEYS_PER_BLOCK) -> int:
+    """Pages that one loop iteration reads; by default those of decode rows."""
+    return max(1, keys // page_size)
+
+
+def tile_shape(num_rows: int) -> tuple[int, int]:
+    """Rows of a tile and keys of a block for so many rows.
+
+    Small tiles skip more, large ones make better products. Measured on two CPU cores.
+    """
+    rows, keys = (64, 64) if num_rows <= 256 else (128, 256)
+    return -(-num_rows // -(-num_rows // rows)), keys
 
 
 def pad_pages(pages: Int[Array, "*B M"], multiple: int) -> Int[Array, "*B m"]:
@@ -109,25 +120,89 @@ def gather_block(
     return block.reshape(-1, *block.shape[2:])
 
 
-def block_keys(
-    page_list: PageList, block: Int[Array, ""], page_size: int
-) -> tuple[Int[Array, "m"], Int[Array, "S"], Int[Array, "S"]]:
-    """Pages, key positions (-1 padding) and key segments of one block of the list."""
-    size = pages_per_block(page_size)
+class RowTiles:
+    """Rows of several sequences in tiles of equal size, and the pages they see in blocks.
 
-    def take(values: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(pad_pages(values, size), block * size, size)
+    Attributes:
+      size: Rows of a tile.
+      count: Tiles.
+      block_pages: Pages of a block.
+      num_blocks: Blocks with pages in use.
+    """
 
-    pages, segments, starts = map(take, (page_list.pages, page_list.segments, page_list.starts))
-    offsets = jnp.arange(page_size)[None, :]
-    positions = jnp.where((pages >= 0)[:, None], starts[:, None] + offsets, -1).reshape(-1)
-    return pages, positions, jnp.repeat(segments, page_size)
+    def __init__(
+        self,
+        row_segments: Int[Array, "T"],
+        row_positions: Int[Array, "T"],
+        page_list: PageList,
+        page_size: int,
+        sliding_window: int | None,
+    ):
+        (num_rows,) = row_segments.shape
+        self.size, keys = tile_shape(num_rows)
+        self.count = -(-num_rows // self.size)
+        self.block_pages = pages_per_block(page_size, keys)
+        self.num_blocks = -(-page_list.num_pages // self.block_pages)
+        self._num_rows, self._page_size, self._sliding_window = num_rows, page_size, sliding_window
+        self._pages, self._page_segments, self._page_starts = (
+            pad_pages(values, self.block_pages) for values in page_list[:3]
+        )
+        self._segments = self.split(row_segments, -1)
+        self._positions = self.split(row_positions, -1)
+        self._first, self._behind = self._met()
 
+    def split(self, rows: Array, fill: float = 0) -> Array:
+        """[T, ...] -> [tiles, rows, ...]; padding is `fill`."""
+        padding = self.count * self.size - self._num_rows
+        widths = [(0, padding)] + [(0, 0)] * (rows.ndim - 1)
+        rows = jnp.pad(rows, widths, constant_values=fill)
+        return rows.reshape(self.count, self.size, *rows.shape[1:])
 
-def num_blocks(page_list: PageList, page_size: int) -> Int[Array, ""]:
-    """Loop length that covers the pages in use."""
-    size = pages_per_block(page_size)
-    return (page_list.num_pages + size - 1) // size
+    def split_heads(self, rows: Float[Array, "T N H"], num_kv_heads: int) -> Array:
+        """[T, N, H] -> [tiles, K, groups x rows, H], float32."""
+        tiles = self.split(rows.astype(jnp.float32))
+        shape = (self.count, self.size, num_kv_heads, -1, rows.shape[-1])
+        tiles = tiles.reshape(shape).transpose(0, 2, 3, 1, 4)
+        return tiles.reshape(self.count, num_kv_heads, -1, rows.shape[-1])
+
+    def join_heads(self, tiles: Float[Array, "n K GR H"]) -> Float[Array, "T N H"]:
+        """Undoes `split_heads`."""
+        num_kv_heads, head_dim = tiles.shape[1], tiles.shape[-1]
+        tiles = tiles.reshape(self.count, num_kv_heads, -1, self.size, head_dim)
+        tiles = tiles.transpose(0, 3, 1, 2, 4)
+        return tiles.reshape(self.count * self.size, -1, head_dim)[: self._num_rows]
+
+    def keys(self, block: Int[Array, ""]) -> tuple[Int[Array, "m"], Bool[Array, "n R S"]]:
+        """Pages of a block, and which of its keys each row sees."""
+
+        def take(values: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(values, block * self.block_pages, self.block_pages)
+
+        pages, starts = take(self._pages), take(self._page_starts)
+        segments = jnp.repeat(take(self._page_segments), self._page_size)[None, None, :]
+        offsets = jnp.arange(self._page_size)[None, :]
+        positions = jnp.where((pages >= 0)[:, None], starts[:, None] + offsets, -1).reshape(-1)
+        seen = visible(self._positions[..., None], positions[None, None, :], self._sliding_window)
+        return pages, seen & (self._segments[..., None] == segments)
+
+    def meeting(self, block: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The first tile that sees any key of a block, and the one behind the last."""
+        return self._first[block], self._behind[block]
+
+    def _met(self) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        lists = self._pages, self._page_segments, self._page_starts
+        pages, segments, starts = (values[None, None, :] for values in lists)
+        sees = (pages >= 0) & (self._segments[..., None] == segments)
+        sees &= self._positions[..., None] >= starts
+        if self._sliding_window is not None:
+            last = starts + self._page_size - 1
+            sees &= self._positions[..., None] - last < self._sliding_window
+        sees = sees.any(1).reshape(self.count, -1, self.block_pages).any(-1)  # [tiles, blocks]
+        index = jnp.arange(self.count, dtype=jnp.int32)[:, None]
+        return (
+            jnp.where(sees, index, self.count).min(0),
+            jnp.where(sees, index + 1, 0).max(0),
+        )
 
 
 def ragged_attention(
@@ -143,41 +218,56 @@ def ragged_attention(
     sliding_window: int | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of rows of several sequences; see `api.ragged_attention`."""
-    num_rows, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pool.shape[2:4]
-    groups = num_heads // num_kv_heads
-    queries = (q.astype(jnp.float32) * sm_scale).reshape(num_rows, num_kv_heads, groups, head_dim)
-    queries = queries.transpose(1, 2, 0, 3)  # [K, G, T, H]
+    tiles = RowTiles(row_segments, row_positions, page_list, page_size, sliding_window)
+    queries = tiles.split_heads(q.astype(jnp.float32) * sm_scale, num_kv_heads)  # [n, K, GR, H]
 
-    def body(block, carry):
-        maximum, total, acc = carry
-        pages, key_positions, key_segments = block_keys(page_list, block, page_size)
-        mask = visible(row_positions[:, None], key_positions[None, :], sliding_window)
-        mask &= row_segments[:, None] == key_segments[None, :]  # [T, S]
+    def block_body(block, carry):
+        maximum, total, acc, sees_bad = carry
+        pages, mask = tiles.keys(block)  # [m], [n, R, S]
         k = gather_block(k_pool, layer, pages).astype(jnp.float32)
         v = gather_block(v_pool, layer, pages).astype(jnp.float32)
         # Rows of other segments meet these values with probability zero, and 0 * NaN is NaN: a
         # value that is not finite goes only to the rows that see it.
-        is_bad = mask.any(0) & ~jnp.isfinite(v).all((1, 2))
-        sees_bad = (mask & is_bad[None, :]).any(1)
-        v = jnp.where((mask.any(0) & ~is_bad)[:, None, None], v, 0)
-        scores = jnp.einsum("kgth,skh->kgts", queries, k)
-        scores = jnp.where(mask[None, None], scores, MASKED)
-        new_maximum = jnp.maximum(maximum, scores.max(-1))
-        probs = jnp.where(mask[None, None], jnp.exp(scores - new_maximum[..., None]), 0.0)
-        decay = jnp.exp(maximum - new_maximum)
-        added = jnp.einsum("kgts,skh->kgth", probs, v)
-        added = jnp.where(sees_bad[None, None, :, None], jnp.nan, added)
-        return new_maximum, total * decay + probs.sum(-1), acc * decay[..., None] + added
+        is_read = mask.any((0, 1))
+        is_bad = is_read & ~jnp.isfinite(v).all((1, 2))
+        sees_bad |= (mask & is_bad[None, None, :]).any(-1)
+        v = jnp.where((is_read & ~is_bad)[:, None, None], v, 0)
+        k, v = k.transpose(1, 2, 0), v.transpose(1, 0, 2)  # [K, H, S], [K, S, H]
 
-    shape = (num_kv_heads, groups, num_rows)
+        def tile_body(tile, carry):
+            maximum, total, acc = carry
+            shape = (num_kv_heads, -1, *mask.shape[1:])
+            scores = jnp.matmul(queries[tile], k).reshape(shape)  # [K, G, R, S]
+            scores = jnp.where(mask[tile][None, None], scores, MASKED)
+            scores = scores.reshape(num_kv_heads, -1, mask.shape[-1])
+            old = maximum[tile]
+            new = jnp.maximum(old, scores.max(-1))
+            # What is masked is far below the maximum, but for rows that see nothing yet: their
+            # sums are wiped out by `decay` when they do.
+            probs = jnp.exp(scores - new[..., None])
+            decay = jnp.exp(old - new)
+            added = jnp.matmul(probs, v)
+            return (
+                maximum.at[tile].set(new),
+                total.at[tile].set(total[tile] * decay + probs.sum(-1)),
+                acc.at[tile].set(acc[tile] * decay[..., None] + added),
+            )
+
+        sums = lax.fori_loop(*tiles.meeting(block), tile_body, (maximum, total, acc))
+        return *sums, sees_bad
+
+    shape = queries.shape[:-1]
     init = (
         jnp.full(shape, MASKED, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
+        jnp.zeros(queries.shape, jnp.float32),
+        jnp.zeros((tiles.count, tiles.size), bool),
     )
-    maximum, total, acc = lax.fori_loop(0, num_blocks(page_list, page_size), body, init)
-    total = jnp.where(total > 0, total, 1.0)
-    out = (acc / total[..., None]).transpose(2, 0, 1, 3).reshape(q.shape)
-    lse = (maximum + jnp.log(total)).transpose(2, 0, 1).reshape(num_rows, num_heads)
+    maximum, total, acc, sees_bad = lax.fori_loop(0, tiles.num_blocks, block_body, init)
+    sees_any = maximum > MASKED / 2
+    total = jnp.where(sees_any, total, 1.0)
+    out = tiles.join_heads(jnp.where(sees_any[..., None], acc / total[..., None], 0.0))
+    out = jnp.where(sees_bad.reshape(-1)[: q.shape[0], None, None], jnp.nan, out)
+    lse = tiles.join_heads((maximum + jnp.log(total))[..., None])[..., 0]
     return out.astype(q.dtype), lse

@@ -1,4 +1,4 @@
-"""Attention backward of a window in plain jnp: a loop over blocks of pages."""
+"""Attention backward of a window in plain jnp: blocks of pages against the tiles that see them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.reference import (
-    block_keys,
+    RowTiles,
     gather_block,
-    num_blocks,
     pad_pages,
-    pages_per_block,
-    visible,
 )
 from pallas_kernels.paged_attention.types import PageList
 
@@ -37,44 +34,54 @@ def window_attention_backward(
     sliding_window: int | None = None,
 ) -> tuple[Float[Array, "W N H"], Float[Array, "l p Z K H"], Float[Array, "l p Z K H"]]:
     """Backward of `ragged_attention` for the rows of one window; see `api`."""
-    num_rows, num_heads, head_dim = q.shape
-    page_size, num_kv_heads = k_pool.shape[2:4]
-    groups = num_heads // num_kv_heads
-    block_pages = pages_per_block(page_size)
+    page_size, num_kv_heads, head_dim = k_pool.shape[2:]
+    tiles = RowTiles(row_segments, row_positions, page_list, page_size, sliding_window)
+    block_pages = tiles.block_pages
 
-    def heads(x):  # [W, N, H] -> [K, G, W, H], float32
-        x = x.astype(jnp.float32).reshape(num_rows, num_kv_heads, groups, -1)
-        return x.transpose(1, 2, 0, 3)
+    def split(x):  # [W, N, H] -> [n, K, GR, H], float32
+        return tiles.split_heads(x, num_kv_heads)
 
-    queries, d_heads = heads(q), heads(d_out)
-    delta = (heads(out) * d_heads).sum(-1)  # [K, G, W]
-    lse_heads = lse.reshape(num_rows, num_kv_heads, groups).transpose(1, 2, 0)
+    queries, d_heads = split(q.astype(jnp.float32) * sm_scale), split(d_out)
+    delta = (split(out) * d_heads).sum(-1)  # [n, K, GR]
+    lse_heads = split(lse[..., None])[..., 0]
     padded_acc_pages = pad_pages(acc_pages, block_pages)
 
-    def body(block, carry):
+    def block_body(block, carry):
         d_queries, dk_acc, dv_acc = carry
-        pages, key_positions, key_segments = block_keys(page_list, block, page_size)
-        mask = visible(row_positions[:, None], key_positions[None, :], sliding_window)
-        mask &= row_segments[:, None] == key_segments[None, :]  # [W, S]
-        is_read = mask.any(0)[:, None, None]
+        pages, mask = tiles.keys(block)  # [m], [n, R, S]
+        is_read = mask.any((0, 1))[:, None, None]
         k = jnp.where(is_read, gather_block(k_pool, layer, pages).astype(jnp.float32), 0)
         v = jnp.where(is_read, gather_block(v_pool, layer, pages).astype(jnp.float32), 0)
-        scores = jnp.einsum("kgwh,skh->kgws", queries, k) * sm_scale
-        probs = jnp.where(mask[None, None], jnp.exp(scores - lse_heads[..., None]), 0.0)
-        dv = jnp.einsum("kgws,kgwh->skh", probs, d_heads)
-        d_probs = jnp.einsum("kgwh,skh->kgws", d_heads, v)
-        d_scores = probs * (d_probs - delta[..., None]) * sm_scale
-        d_queries = d_queries + jnp.einsum("kgws,skh->kgwh", d_scores, k)
-        dk = jnp.einsum("kgws,kgwh->skh", d_scores, queries)
+        k, v = k.transpose(1, 2, 0), v.transpose(1, 2, 0)  # [K, H, S]
+        by_key = k.transpose(0, 2, 1)  # [K, S, H]
+
+        def tile_body(tile, carry):
+            d_queries, dk, dv = carry
+            query, d_head = queries[tile], d_heads[tile]  # [K, GR, H]
+            scores = jnp.matmul(query, k) - lse_heads[tile][..., None]  # [K, GR, S]
+            seen = jnp.tile(mask[tile], (scores.shape[1] // tiles.size, 1))
+            probs = jnp.where(seen[None], jnp.exp(scores), 0.0)
+            d_probs = jnp.matmul(d_head, v)
+            d_scores = probs * (d_probs - delta[tile][..., None])
+            d_query = jnp.matmul(d_scores, by_key)
+            dk = dk + jnp.einsum("kgs,kgh->ksh", d_scores, query)
+            dv = dv + jnp.einsum("kgs,kgh->ksh", probs, d_head)
+            return d_queries.at[tile].add(d_query), dk, dv
+
+        zeros = jnp.zeros(by_key.shape, jnp.float32)
+        sums = (d_queries, zeros, zeros)
+        d_queries, dk, dv = lax.fori_loop(*tiles.meeting(block), tile_body, sums)
         targets = lax.dynamic_slice_in_dim(padded_acc_pages, block * block_pages, block_pages)
         targets = jnp.where(targets >= 0, targets, dk_acc.shape[1])  # out of range: dropped
-        # A row that is not finite must not reach slots that nobody reads, and nobody clears.
-        dk, dv = jnp.where(is_read, dk, 0), jnp.where(is_read, dv, 0)
         shape = (block_pages, page_size, num_kv_heads, head_dim)
-        dk_acc = dk_acc.at[acc_layer, targets].add(dk.reshape(shape), mode="drop")
-        dv_acc = dv_acc.at[acc_layer, targets].add(dv.reshape(shape), mode="drop")
-        return d_queries, dk_acc, dv_acc
+
+        def add(acc, d):
+            # A row that is not finite must not reach slots that nobody reads, and nobody clears.
+            d = jnp.where(is_read, d.transpose(1, 0, 2), 0).reshape(shape)
+            return acc.at[acc_layer, targets].add(d, mode="drop")
+
+        return d_queries, add(dk_acc, dk), add(dv_acc, dv)
 
     init = (jnp.zeros(queries.shape, jnp.float32), dk_acc, dv_acc)
-    d_queries, dk_acc, dv_acc = lax.fori_loop(0, num_blocks(page_list, page_size), body, init)
-    return d_queries.transpose(2, 0, 1, 3).reshape(q.shape), dk_acc, dv_acc
+    d_queries, dk_acc, dv_acc = lax.fori_loop(0, tiles.num_blocks, block_body, init)
+    return tiles.join_heads(d_queries * sm_scale), dk_acc, dv_acc

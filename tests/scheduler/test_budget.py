@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,18 +13,19 @@ from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix, weigh_mixes
 from flexjax.scheduler.features import features_of
-from flexjax.scheduler.kv_reads import DenseReads
+from flexjax.scheduler.kv_reads import SequenceRows, TiledReads
 from flexjax.scheduler.plan import BackwardTile, DecodeRow, ForwardPiece, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import Turn
 from flexjax.scheduler.sequence import RESERVE_SHARE, RESERVE_START, RESERVE_TOKENS, Sequence
 from flexjax.scheduler.training import Group, TrainingRun, TrainSequence
 from flexjax.slo import SLO
-from pallas_kernels.paged_attention.reference import pages_per_block
+from pallas_kernels import PageList
+from pallas_kernels.paged_attention.reference import RowTiles, pages_per_block, tile_shape
 
 PAGE, LAYERS = 4, 3
-READS = DenseReads(PAGE, 2)
+READS = TiledReads(PAGE)
 LADDER = BucketLadder((4,), (8, 32), (8, 32), LAYERS, LAYERS)
-DENSE = dataclasses.replace(LADDER, reads=READS)
+TILED = dataclasses.replace(LADDER, reads=READS)
 
 
 class Device:
@@ -172,17 +174,35 @@ def make_sequence(length):
 
 
 @pytest.mark.parametrize("page_size", [4, 16, 48, 256])
-def test_dense_reads_are_those_of_the_reference(page_size):
-    assert DenseReads.of(page_size) == DenseReads(page_size, pages_per_block(page_size))
+@pytest.mark.parametrize("rows", [1, 40, 64, 65, 160, 256, 300, 512, 1000])
+def test_tiles_are_those_of_the_reference(page_size, rows):
+    reads, (size, keys) = TiledReads(page_size), tile_shape(rows)
+    assert reads.tile(rows) == (size, pages_per_block(page_size, keys))
+    assert reads.decode_keys(1) == pages_per_block(page_size) * page_size
 
 
-@pytest.mark.parametrize("repeat", range(8))
-def test_dense_reads_count_the_pages_that_a_step_lists(rng, repeat):
-    group = make_group([int(n) for n in rng.integers(1, 13, 5)])
+def met_pairs(fields, kind, rows):
+    """Rows times keys that the reference implementation goes through for a batch."""
+    positions = fields["tile_positions"] if kind == "tile" else fields["positions"][-rows:]
+    names = [f"{kind}_pages", f"{kind}_page_segments", f"{kind}_page_starts", f"num_{kind}_pages"]
+    pages = PageList(*(jnp.asarray(fields[name]) for name in names))
+    rows = jnp.asarray(fields[f"{kind}_segments"]), jnp.asarray(positions)
+    tiles = RowTiles(*rows, pages, PAGE, None)
+    met = 0
+    for block in range(int(tiles.num_blocks)):
+        first, behind = tiles.meeting(jnp.int32(block))
+        met += max(0, int(behind) - int(first))
+    return met * tiles.size * tiles.block_pages * PAGE
+
+
+@pytest.mark.parametrize("repeat", range(16))
+def test_pairs_are_those_that_a_step_goes_through(rng, repeat):
+    longest = 13 if repeat % 2 else 200
+    group = make_group([int(n) for n in rng.integers(1, longest, 900 // longest)])
     start = int(rng.integers(0, group.num_rows))
-    piece = ForwardPiece(group, start, int(rng.integers(1, min(16, group.num_rows - start) + 1)))
+    piece = ForwardPiece(group, start, int(rng.integers(1, min(400, group.num_rows - start) + 1)))
     end = int(rng.integers(1, group.num_rows + 1))
-    length = int(rng.integers(1, min(end, 32) + 1))
+    length = int(rng.integers(1, min(end, 512) + 1))
     tile = BackwardTile(group, end - length, length, LAYERS, LAYERS)
     prompt = make_sequence(int(rng.integers(8, 60)))
     chunk = PrefillChunk(prompt, int(rng.integers(0, 4)), 4, False)
@@ -190,18 +210,22 @@ def test_dense_reads_count_the_pages_that_a_step_lists(rng, repeat):
     decode = [DecodeRow(asked, asked.num_tokens - 1, False)]
     plan = StepPlan(decode=decode, prefill=[chunk], forward=[piece], tile=tile)
     plan.slot_pages = np.zeros((4, 20), np.int32)
-    bucket = DENSE.bucket(1, plan.num_chunk_rows, length)
-    sizes = StepSizes(20, 100, 100, 4)
+    ladder = BucketLadder((4,), (8, 32, 512), (8, 32, 512), LAYERS, LAYERS, READS)
+    bucket = ladder.bucket(1, plan.num_chunk_rows, length)
+    sizes = StepSizes(20, 1000, 1000, 4)
     fields = unpack(build_step(plan, bucket, sizes, PAGE), step_fields(bucket, sizes))
-    found = features_of(plan, bucket, ladder=DENSE)
-    block = 2 * PAGE
-    for kind, rows, pairs in (
-        ("chunk", bucket.chunk, found.chunk_kv_pairs),
-        ("tile", LAYERS * bucket.window, found.tile_kv_pairs),
-    ):
-        listed = int(fields[f"num_{kind}_pages"])
-        assert pairs == rows * block * -(-listed // 2)
-    assert found.decode_kv_tokens == 4 * block * -(-asked.num_tokens // block)
+    found = features_of(plan, bucket, ladder=ladder)
+    assert found.chunk_kv_pairs == met_pairs(fields, "chunk", bucket.chunk)
+    assert found.tile_kv_pairs == LAYERS * met_pairs(fields, "tile", bucket.window)
+    assert found.decode_kv_tokens == 4 * READS.decode_keys(asked.num_tokens)
+
+
+def test_short_sequences_in_a_window_meet_few_keys():
+    packed = READS.pairs(256, [SequenceRows(0, 16)] * 16)
+    assert READS.pairs(256, [SequenceRows(0, 256)]) == 10 * 64 * 64
+    assert packed == 4 * 64 * 64
+    assert READS.pairs(0, []) == 0
+    assert READS.pairs(32, []) == 0
 
 
 @pytest.mark.parametrize("repeat", range(8))
@@ -215,7 +239,7 @@ def test_a_mix_is_weighed_by_what_its_step_will_read(rng, repeat):
     weighed = Load(
         forward_rows=rows, forward_groups=tuple(groups), tile_rows=tile_rows,
         tile_group=groups[1], tile_end=end, tile_layers=LAYERS,
-    ).features(DENSE, forward_rows, tile_rows)  # fmt: skip
+    ).features(TILED, forward_rows, tile_rows)  # fmt: skip
     pieces, left = [], forward_rows
     for group in groups:
         length = min(left, group.num_rows - group.forward_end)
@@ -224,8 +248,8 @@ def test_a_mix_is_weighed_by_what_its_step_will_read(rng, repeat):
         left -= length
     tile = BackwardTile(groups[1], end - tile_rows, tile_rows, LAYERS, LAYERS)
     plan = StepPlan(forward=pieces, tile=tile)
-    bucket = DENSE.bucket(0, forward_rows, tile_rows)
+    bucket = TILED.bucket(0, forward_rows, tile_rows)
     assert weighed.bucket == bucket != Bucket(0, 0, 0, 0)
-    done = features_of(plan, bucket, ladder=DENSE)
+    done = features_of(plan, bucket, ladder=TILED)
     assert weighed.chunk_kv_pairs == done.chunk_kv_pairs
     assert weighed.tile_kv_pairs == done.tile_kv_pairs
