@@ -58,14 +58,17 @@ class StackedLayer(Mapping[str, Array]):
 
     def __init__(
         self,
-        stacks: Mapping[str, Float[Array, "L ..."]],
+        stacks: Mapping[str, Float[Array, "L ..."] | tuple[Array, ...]],
         layer: Int[Array, ""],
         implementation: str | None = None,
     ):
         self._stacks, self._layer, self._implementation = stacks, layer, implementation
 
     def __getitem__(self, name: str) -> Array:
-        return lax.dynamic_index_in_dim(self._stacks[name], self._layer, keepdims=False)
+        array = self._stacks[name]
+        if isinstance(array, tuple):
+            return lax.switch(self._layer, [lambda one=one: one for one in array])
+        return lax.dynamic_index_in_dim(array, self._layer, keepdims=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stacks)

@@ -104,7 +104,7 @@ def _layer_weights(walk: Walk, layer: Array | int) -> LayerWeights:
     if isinstance(layer, int):
         return {name: array[layer] for name, array in layers.items()}
     if has_split_kernels(walk.weights):
-        return StackedLayer(layers, layer)
+        return StackedLayer(layers, jnp.asarray(layer, jnp.int32))
     if walk.sizes.kernels == "reference" or not can_run_triton():
         return {
             name: lax.dynamic_index_in_dim(array, jnp.asarray(layer), keepdims=False)
