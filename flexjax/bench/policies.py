@@ -248,7 +248,8 @@ def run_sweep(
     """Runs every policy at every rate.
 
     At each rate all policies answer the same requests, one after the other, in an order that
-    turns with the rate and the repeat. A first run that is not recorded warms up.
+    turns with the rate and the repeat, and finetuning alone, which has no requests, goes before
+    them: what the machine can do at that time. A first run that is not recorded warms up.
 
     Args:
       engine: Idle; see `run_workload`.
@@ -282,7 +283,7 @@ def run_sweep(
 
     for repeat, index, workload in loads:
         seed, rate = settings.seed + repeat, settings.rates[index]
-        if index == 0 and "finetune_only" in settings.policies:
+        if "finetune_only" in settings.policies:
             alone = run_workload(engine, None, policy="finetune_only", seed=seed, **common)
             named = {**alone.header, "workload": workload.name}
             add(dataclasses.replace(alone, header=named))
