@@ -1,7 +1,7 @@
 """Compares sharing policies on this CPU with the embedded model, under drawn and traced arrivals.
 
     python scripts/bench_policies.py --output DIR [--trace FILE ...] [--rates R ...] [--repeats 1]
-        [--seconds 10] [--quick] [--json]
+        [--seconds 10] [--tail 0] [--quick] [--json]
 
 One to five requests a second and targets of 5 s (TTFT) and 45 ms (TPOT), as FlexLLM's evaluation
 has them for a replica with an 8B model (arXiv 2402.18789), and eight policies: about ten minutes on
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", nargs="+", help="requests a second (default: 1 2 3 4 5)")
     parser.add_argument("--repeats", type=int, help="times that everything is run (default: 1)")
     parser.add_argument("--seconds", type=float, help="seconds of a run (default: 10)")
+    parser.add_argument("--tail", type=float, default=0.0, help="seconds of it without arrivals")
     parser.add_argument("--seed", type=int, default=0, help="seed of arrivals and prompts")
     parser.add_argument("--quick", action="store_true", help="very short runs; takes seconds")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = seconds if options.seconds is None else options.seconds
     repeats = 1 if options.repeats is None else options.repeats
     common = [*settings, "--rates", *rates, "--seconds", str(seconds), "--repeats", str(repeats)]
-    common += ["--seed", str(options.seed), "--overwrite", *(["--json"] if options.json else [])]
+    common += ["--tail-seconds", str(options.tail), "--seed", str(options.seed), "--overwrite"]
+    common += ["--json"] * options.json
     kinds = {trace.stem: ("--trace", str(trace)) for trace in options.trace or ()}
     kinds = kinds or {"drawn": QUICK_DRAWN if options.quick else DRAWN}
     for kind, loads in kinds.items():

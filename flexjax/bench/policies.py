@@ -205,6 +205,9 @@ class SweepSettings:
       rates: Offered loads, requests per second.
       targets: Latency targets; both are needed.
       window_s: Seconds of a run over which rates are averaged.
+      tail_s: Seconds at the end of those in which no request arrives. Where it covers what an
+        answer takes, every policy does all of the inference within the window; without, one that
+        answers slowly leaves some of it for later, and gains by it.
       drain_s: Seconds that answers may take after it.
       repeats: Times that everything is run, each with requests of its own.
       seed: Seed of the first repeat.
@@ -217,18 +220,26 @@ class SweepSettings:
     rates: Sequence[float]
     targets: SLO
     window_s: float = 8.0
+    tail_s: float = 0.0
     drain_s: float = 3.0
     repeats: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_sweep_fields(self.policies, self.rates, self.targets, self.window_s)
+        is_right = 0 <= self.tail_s < self.window_s
+        _require(is_right, "tail_s", f">= 0 and below `window_s`={self.window_s:g}", self.tail_s)
         _require(self.repeats >= 1, "repeats", "at least 1", self.repeats)
 
     @property
     def tier(self) -> Tier:
         """The targets, to judge by."""
         return tier_of(self.targets)
+
+    @property
+    def arrivals_s(self) -> float:
+        """Seconds in which requests arrive."""
+        return self.window_s - self.tail_s
 
 
 def tier_of(targets: SLO) -> Tier:
@@ -269,7 +280,7 @@ def run_sweep(
     serving = {**common, "drain_s": settings.drain_s, "targets": settings.targets}
     shared = [name for name in settings.policies if name != "finetune_only"]
     loads = [
-        (repeat, index, source.workload(rate, settings.window_s, settings.seed + repeat))
+        (repeat, index, source.workload(rate, settings.arrivals_s, settings.seed + repeat))
         for repeat in range(settings.repeats)
         for index, rate in enumerate(settings.rates)
     ]
@@ -317,7 +328,7 @@ def run_capped(
     for repeat in range(settings.repeats):
         seed = settings.seed + repeat
         for rate in settings.rates:
-            workload = source.workload(rate, settings.window_s, seed)
+            workload = source.workload(rate, settings.arrivals_s, seed)
             fields: dict[str, Any] = {"rate": rate, "seed": seed, "header": header, **serving}
             targets = settings.targets
             for policy in ("inference_only", "co_serve"):

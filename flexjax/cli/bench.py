@@ -102,6 +102,7 @@ def _settings(options: BenchOptions, rates: tuple[float, ...], targets: SLO) -> 
         rates=rates,
         targets=targets,
         window_s=options.seconds,
+        tail_s=options.tail_seconds,
         drain_s=options.drain_seconds,
         repeats=options.repeats,
         seed=options.seed,

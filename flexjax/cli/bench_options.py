@@ -126,6 +126,10 @@ class BenchOptions(EngineSizeOptions):
         None
     )
     seconds: Annotated[float, _option(_RUNS, "Seconds of a run")] = 8.0
+    tail_seconds: Annotated[
+        float,
+        _option(_RUNS, "Seconds of them, at the end, in which no request arrives any more"),
+    ] = 0.0
     drain_seconds: Annotated[
         float, _option(_RUNS, "Seconds that answers may take after the run")
     ] = 3.0

@@ -109,7 +109,8 @@ class Runner:
         set_compile_cache(config.compile_cache_dir)
         self.model = model
         self.sizing = sizing
-        self.weights = split_kernels(weights) if jax.default_backend() == "cpu" else weights
+        can_split = jax.default_backend() == "cpu" and not sizing.step.is_fused
+        self.weights = split_kernels(weights) if can_split else weights
         self.bank = init_bank(model, config.max_adapters, config.max_lora_rank, sizing.dtype)
         self.state = EngineState(
             init_pool(model, sizing.num_pages, config.page_size, sizing.dtype),

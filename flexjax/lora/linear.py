@@ -37,15 +37,33 @@ def bank_linear(
     layer: Int[Array, ""],
     rows: AdapterRows,
     implementation: str | None = None,
+    *,
+    num_decode: int = 0,
 ) -> Linear:
-    """Linears of one layer for rows with different adapters."""
+    """Linears of one layer for rows with different adapters.
+
+    Args:
+      weights: The layer's frozen arrays.
+      bank: Adapters.
+      layer: Index of the layer.
+      rows: Which adapter each row uses.
+      implementation: Of the adapters' products.
+      num_decode: Rows at the front that decode. They are few and of many adapters; without row
+        groups, where an adapter costs a product of all rows, they get products of their own.
+    """
     options = {"groups": rows.groups, "implementation": implementation}
 
-    def linear(name: str, x: Array) -> Array:
-        acc = product(weights, name, x)
+    def add_deltas(name: str, x: Array, acc: Array, slots: Array) -> Array:
         a, b = bank.a[name], bank.b[name]
-        y = grouped_lora(x, acc, a, b, bank.scale, layer, *rows[:3], **options)
-        return y.astype(x.dtype)
+        return grouped_lora(x, acc, a, b, bank.scale, layer, slots, *rows[1:3], **options)
+
+    def linear(name: str, x: Array) -> Array:
+        acc, at = product(weights, name, x), num_decode
+        if rows.groups is not None or not 0 < at < x.shape[0]:
+            return add_deltas(name, x, acc, rows.slots).astype(x.dtype)
+        parts = (slice(0, at), slice(at, None))
+        ys = [add_deltas(name, x[part], acc[part], rows.slots[part]) for part in parts]
+        return jnp.concatenate(ys).astype(x.dtype)
 
     return linear
 

@@ -129,7 +129,9 @@ def _forward_one(walk: Walk, forward: Forward, index: Array | int) -> Forward:
     config, batch, num_decode = walk.config, walk.batch, walk.bucket.decode
     layer_weights, layer = _layer_weights(walk, index), jnp.asarray(index, jnp.int32)
     implementation = walk.sizes.implementation
-    plain = bank_linear(layer_weights, walk.bank, layer, walk.adapters, implementation)
+    plain = bank_linear(
+        layer_weights, walk.bank, layer, walk.adapters, implementation, num_decode=num_decode
+    )
     recorded: dict[str, Array] = {INPUT: forward.x}
 
     def linear(name: str, x: Array) -> Array:

@@ -44,7 +44,8 @@ def grouped_lora(
       layer: Layer to read.
       row_slots: Slot of each row; -1 for rows without an adapter, which get `acc` bit for bit.
         Rows may stand in any order.
-      active_slots: Slots that occur in `row_slots`, each once, -1 padding.
+      active_slots: Slots that occur in `row_slots`, each once, -1 padding. Others among them cost
+        little.
       num_active: How many; the cost follows this number.
       groups: `group_rows(row_slots, A)`, which calls with the same rows may share.
       ranks: Rank of each slot; kernels read no weights beyond it, which must be zero.

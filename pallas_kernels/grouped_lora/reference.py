@@ -24,14 +24,18 @@ def grouped_lora(
 ) -> Float[Array, "T O"]:
     """Adds each row's adapter delta to `acc`; see `api.grouped_lora`."""
 
-    def body(index, acc):
-        slot = active_slots[index]
+    def add_delta(slot, acc):
         a, b = (_of_layer(weights, slot, layer) for weights in (lora_a, lora_b))
         bottleneck = jnp.dot(x, a, preferred_element_type=jnp.float32)
         is_mine = (row_slots == slot)[:, None]
         bottleneck = jnp.where(is_mine, bottleneck * scale[slot], 0.0).astype(x.dtype)
         delta = jnp.dot(bottleneck, b, preferred_element_type=jnp.float32)
         return acc + jnp.where(is_mine, delta, 0.0)
+
+    def body(index, acc):
+        slot = active_slots[index]
+        occurs = (row_slots == slot).any()  # the rows may be a part of those that `active` is of
+        return lax.cond(occurs, add_delta, lambda slot, acc: acc, slot, acc)
 
     return lax.fori_loop(0, num_active, body, acc)
 

@@ -265,7 +265,7 @@ def ragged_attention(
         jnp.zeros((tiles.count, tiles.size), bool),
     )
     maximum, total, acc, sees_bad = lax.fori_loop(0, tiles.num_blocks, block_body, init)
-    sees_any = maximum > MASKED / 2
+    sees_any = ~(maximum <= MASKED)  # also of rows whose scores are not finite, to show it
     total = jnp.where(sees_any, total, 1.0)
     out = tiles.join_heads(jnp.where(sees_any[..., None], acc / total[..., None], 0.0))
     out = jnp.where(sees_bad.reshape(-1)[: q.shape[0], None, None], jnp.nan, out)

@@ -70,6 +70,22 @@ def test_three_ways_to_apply_an_adapter_agree(rng, name):
             assert relative(mixed[index], dense[index]) > 1e-2
 
 
+@pytest.mark.parametrize("num_decode", [1, 3, 5, 6])
+def test_decode_rows_with_products_of_their_own_get_the_same(rng, num_decode):
+    bank = init_bank(CONFIG, SLOTS, RANK, "float32")
+    for number in (0, 1, 2):
+        bank = put(bank, number, draw_lora(rng, CONFIG, LoraConfig(r=4)), 1.0 + number)
+    layer, name = 1, "down_proj"
+    weights = {n: stack[layer] for n, stack in tiny_weights(CONFIG).layers.items()}
+    x = jnp.asarray(rng.standard_normal((6, CONFIG.projection_dims()[name][0])), jnp.float32)
+    slots = jnp.asarray(rng.permutation([2, 1, -1, 0, 2, 2]))
+    rows = AdapterRows(slots, jnp.asarray([0, 2, 1, -1]), jnp.int32(3))
+    args = (weights, bank, jnp.int32(layer), rows)
+    together = np.asarray(bank_linear(*args)(name, x))
+    apart = np.asarray(bank_linear(*args, num_decode=num_decode)(name, x))
+    assert relative(apart, together) <= 1e-6
+
+
 def test_first_values():
     first, same = (init_lora(CONFIG, LORA, seed=3) for _ in range(2))
     other = init_lora(CONFIG, LORA, seed=4)
