@@ -187,6 +187,14 @@ class JobManager:
                 message = f"{what} at step {step.step + 1} (loss {loss})"
                 self.end(job, JobStatus.FAILED, message)
                 continue
+            norm = float(stats.grad_norm)
+            if norm == 0.0 < loss and not (job._steps and job._steps[-1].grad_norm == 0.0):
+                # A norm of values whose squares overflow is zero, and so is all behind it.
+                job._log(
+                    f"the gradient of step {step.step + 1} is exactly 0 though the loss is "
+                    f"{loss:.4f}: its activations may have overflowed",
+                    "warn",
+                )
             job._steps.append(
                 StepRecord(
                     step=step.step + 1,
@@ -194,7 +202,7 @@ class JobManager:
                     tokens=step.num_tokens,
                     target_tokens=step.num_targets,
                     learning_rate=step.learning_rate,
-                    grad_norm=float(stats.grad_norm),
+                    grad_norm=norm,
                     time_s=now_s,
                 )
             )

@@ -60,11 +60,9 @@ class Sizing:
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float32" if platform == "cpu" else model.dtype
-        kernels = config.kernels or ("reference" if platform == "cpu" else "triton")
-        reads = TiledReads(config.page_size)
-        ladder = BucketLadder.from_config(
-            config, model.num_layers, reads if kernels == "reference" else None
-        )
+        is_tiled = config.kernels == "reference" or (config.kernels is None and platform == "cpu")
+        reads = TiledReads(config.page_size) if is_tiled else None
+        ladder = BucketLadder.from_config(config, model.num_layers, reads)
         pages_per_seq = -(-context // config.page_size)
         can_finetune = config.max_jobs > 0
         finetune_tokens = config.finetune_tokens or max(context, 4 * ladder.max_window)

@@ -240,7 +240,7 @@ def test_an_adapter_in_training_is_not_replaced(world):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("rate", [1e9, 1e20, 1e38])
+@pytest.mark.parametrize("rate", [1e6, 1e20, 1e38])
 def test_a_diverging_job_harms_nobody(world, rate):
     engine, rng = world.engine, np.random.default_rng(8)
     prompts = [draw_tokens(rng, n) for n in (15, 4, 22, 9)]
@@ -255,12 +255,20 @@ def test_a_diverging_job_harms_nobody(world, rate):
             outputs.append(engine.add_request(prompt, PARAMS, adapter=name))
             engine.step()
     drain(engine)
-    assert job.status == "failed"
-    event = job.events[-1]
-    assert event.level == "error" and "not finite at step" in event.message
-    with pytest.raises(JobStateError, match="failed: loss, gradient or new weights are not"):
-        job.wait()
-    assert [info.name for info in engine.adapters()] == ["a"]
+    if rate == 1e6 and job.status == "succeeded":
+        # The squares in a norm overflow and make zeros, where XLA's 1 / sqrt(inf) is not NaN.
+        loss = f"{job.metrics().losses[1]:.4f}"
+        assert [e.message for e in job.events if e.level == "warn"] == [
+            f"the gradient of step 2 is exactly 0 though the loss is {loss}: its activations may "
+            "have overflowed"
+        ]
+    else:
+        assert job.status == "failed"
+        event = job.events[-1]
+        assert event.level == "error" and "not finite at step" in event.message
+        with pytest.raises(JobStateError, match="failed: loss, gradient or new weights are not"):
+            job.wait()
+        assert [info.name for info in engine.adapters()] == ["a"]
     for index, output in enumerate(outputs):
         weights = world.merged(0) if names[index % 4] else world.weights
         check_greedy(world.config, weights, output.result())
