@@ -12,7 +12,7 @@ from flexjax.scheduler.kv_reads import GroupRows, SequenceRows
 from flexjax.scheduler.policy import Turn
 from flexjax.scheduler.training import Group
 
-_WORTH = 0.9
+_WORTH = 0.95
 """Share of the best mix's work per added millisecond that another must reach to be taken."""
 
 _GROWTH = 1.01
@@ -168,9 +168,10 @@ def weigh_mixes(
 
     Large mixes train more in a millisecond than small ones, and time that a step leaves free is
     there for a later one, up to `Turn.reach_ms`. So the time that a mix adds has a price: what the
-    best of the mixes that save up for their time would make of it, nearly. Of the mixes that fit
-    now, the one that is worth most beyond that price is taken, if one is. Rows are worth what they
-    take in the largest buckets.
+    best of the mixes that must save up for theirs would make of it, nearly: of those that do not
+    fit now, or take more than steps may on average. Of the mixes that fit now, the one that is
+    worth most beyond that price is taken, if one is. Rows are worth what they take in the largest
+    buckets.
 
     Args:
       load: What the step holds already, and what finetuning has to offer.
@@ -267,7 +268,8 @@ def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> MixChoice:
     """The choice that is worth most beyond the price of its time; empty to wait for a better."""
     price = 0.0
     if reach_ms > _GROWTH * turn.max_ms:
-        saved_for = [w.worth / w.added_ms for w in found if w.high_ms > turn.mean_ms]
+        free_ms = min(turn.mean_ms, turn.max_ms)
+        saved_for = [w.worth / w.added_ms for w in found if w.high_ms > free_ms]
         price = _WORTH * max(saved_for, default=0.0)
     best, best_key = MixChoice(FinetuneBudget(0, 0)), (0.0, 0.0)
     for weighed in found:
