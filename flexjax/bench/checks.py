@@ -3,6 +3,10 @@
 Finetuning throughput is that of finished backward work, since a short window holds few optimizer
 steps. Where the repeats of a run differ, throughputs and latencies count by their medians, and
 attainment by all requests of all repeats.
+
+No machine is equally fast at all times, and what policies differ by is less than that. Every run
+holds steps of the same kind, finetuning alone in the largest buckets; what they took in this run,
+over what they take in all, is the run's pace, and throughputs are compared at equal pace.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ RETURN_S = 1.0
 """Seconds after a burst within which finetuning must be back."""
 MEDIAN_ERROR = 0.08
 UNDER_ERROR = 0.15
+PACE_STEPS = 10
+"""Steps of finetuning alone that a run must hold to have a pace."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +58,14 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """A policy at a rate, all repeats together; None without requests, or gaps."""
+    """A policy at a rate, all repeats together; None without requests, or gaps.
+
+    `trained` is at equal pace, `measured` is not.
+    """
 
     attainment: float | None
     trained: float
+    measured: float
     itl_p99_s: float | None
 
     @property
@@ -72,13 +82,13 @@ def check_sweep(
     """Judges a sweep.
 
       no_policy_trains_more        at no rate has a policy that attains 99 % more than 1.03 times
-                                   the finetuning throughput of co-serving
+                                   the finetuning throughput of co-serving, at equal pace
       no_fixed_policy_is_equal     no other policy attains what co-serving does, and trains as
                                    much within 3 %, at every rate
       finetuning_is_retained       co-serving trains at the highest rate at which inference alone
-                                   attains 99 % at least 85 % of what it does at the lowest rate;
-                                   each as a share of what finetuning alone did just before, where
-                                   it ran, since machines are not equally fast at all times
+                                   attains 99 % at least 85 % of what it does at the lowest rate,
+                                   at equal pace; where runs have none, each as a share of what
+                                   finetuning alone did just before, if it ran
       interference_is_small        up to that rate, p99 of co-serving's gaps between tokens is at
                                    most 1.3 times that of inference alone; in `capped` runs, if
                                    there are any
@@ -94,32 +104,65 @@ def check_sweep(
     Raises:
       ValueError: If there is no run of co-serving.
     """
-    points = _points([summarize_run(run, (tier,)) for run in runs])
+    paces = run_paces(runs)
+    points = _points([summarize_run(run, (tier,)) for run in runs], paces)
     if OURS not in points:
         raise ValueError(f"`runs` must hold runs of {OURS}; got {sorted(points)}.")
     gaps = _points([summarize_run(run, (tier,)) for run in capped]) if capped else points
     return (
         _no_policy_trains_more(points),
         _no_fixed_policy_is_equal(points),
-        _finetuning_is_retained(points, _shares_of_alone(runs)),
+        _finetuning_is_retained(points, _shares_of_alone(runs), is_paced=bool(paces)),
         _interference_is_small(gaps),
         _latency_model_is_right([run for run in runs if run.policy == OURS]),
     )
 
 
-def _points(summaries: Sequence[RunSummary]) -> _Points:
-    groups: dict[tuple[str, float], list[RunSummary]] = collections.defaultdict(list)
-    for summary in summaries:
+def run_paces(runs: Sequence[RunRecord]) -> list[float]:
+    """How slow the machine was in each run: 1 in the middle one, 2 where it took twice as long.
+
+    By the median time of steps that hold finetuning alone, forward and backward, in the largest
+    buckets. 1 for runs that trained nothing; empty if another has fewer than `PACE_STEPS` of them.
+    """
+    alone = [
+        [s for s in run.steps if s.forward_rows and s.backward_rows and not _request_rows(s)]
+        for run in runs
+    ]
+    buckets = {(s.chunk_bucket, s.window_bucket) for steps in alone for s in steps}
+    largest = max(buckets, default=(0, 0))
+    times_ms: list[float | None] = []
+    for run, steps in zip(runs, alone, strict=True):
+        found = [s.measured_ms for s in steps if (s.chunk_bucket, s.window_bucket) == largest]
+        if any(s.backward_target_tokens for s in run.steps):
+            if len(found) < PACE_STEPS:
+                return []
+            times_ms.append(statistics.median(found))
+        else:
+            times_ms.append(None)
+    middle_ms = statistics.median([ms for ms in times_ms if ms is not None] or [1.0])
+    return [1.0 if ms is None else ms / middle_ms for ms in times_ms]
+
+
+def _request_rows(step: StepRecord) -> int:
+    return step.decode_rows + step.prefill_rows
+
+
+def _points(summaries: Sequence[RunSummary], paces: Sequence[float] = ()) -> _Points:
+    """Policies by rate; throughputs as they were measured where there are no paces."""
+    groups: dict[tuple[str, float], list[tuple[RunSummary, float]]] = collections.defaultdict(list)
+    for summary, pace in zip(summaries, paces or [1.0] * len(summaries), strict=True):
         if summary.rate is not None and summary.policy != _WITHOUT_REQUESTS:
-            groups[summary.policy, summary.rate].append(summary)
+            groups[summary.policy, summary.rate].append((summary, pace))
     points: _Points = collections.defaultdict(dict)
     for (policy, rate), found in sorted(groups.items()):
-        tiers = [summary.requests.tiers[0] for summary in found]
+        tiers = [summary.requests.tiers[0] for summary, _ in found]
         num_requests = sum(tier.num_requests for tier in tiers)
-        gaps = [s.requests.itl_s.p99 for s in found if s.requests.itl_s is not None]
+        gaps = [s.requests.itl_s.p99 for s, _ in found if s.requests.itl_s is not None]
+        trained = [s.finetuning.throughput for s, _ in found]
         points[policy][rate] = _Point(
             sum(t.num_met for t in tiers) / num_requests if num_requests else None,
-            statistics.median(s.finetuning.backward_target_tokens_per_s or 0.0 for s in found),
+            statistics.median(t * pace for t, (_, pace) in zip(trained, found, strict=True)),
+            statistics.median(trained),
             statistics.median(gaps) if gaps else None,
         )
     return dict(points)
@@ -134,19 +177,21 @@ def _no_policy_trains_more(points: _Points) -> Check:
     passed = True
     for rate, ours in points[OURS].items():
         rivals = {
-            policy: by_rate[rate].trained
+            policy: by_rate[rate]
             for policy, by_rate in points.items()
             if policy != OURS and rate in by_rate and by_rate[rate].attains
         }
-        best = max(rivals, key=lambda policy: rivals[policy], default=None)
-        trained = rivals[best] if best else 0.0
+        best = max(rivals, key=lambda policy: rivals[policy].trained, default=None)
+        trained = rivals[best].trained if best else 0.0
         passed &= trained <= MARGIN * ours.trained
+        measured = max((rival.measured for rival in rivals.values()), default=0.0)
         figures[f"{rate:g}"] = {
             "co_serve": ours.trained,
             "co_serve_attainment": ours.attainment,
             "best_rival": best,
             "rival": trained if best else None,
             "rival_over_co_serve": _ratio(trained, ours.trained) if best else None,
+            "as_measured": _ratio(measured, ours.measured) if best else None,
         }
     return Check("no_policy_trains_more", passed, figures)
 
@@ -186,7 +231,7 @@ def _shares_of_alone(runs: Sequence[RunRecord]) -> dict[float, float]:
     for run in runs:
         if run.policy not in (OURS, _WITHOUT_REQUESTS):
             continue
-        trained = summarize_run(run, ()).finetuning.backward_target_tokens_per_s or 0.0
+        trained = summarize_run(run, ()).finetuning.throughput
         if run.policy == _WITHOUT_REQUESTS:
             alone = trained
         elif alone and run.rate is not None:
@@ -194,19 +239,22 @@ def _shares_of_alone(runs: Sequence[RunRecord]) -> dict[float, float]:
     return {rate: statistics.median(found) for rate, found in shares.items()}
 
 
-def _finetuning_is_retained(points: _Points, shares: dict[float, float]) -> Check:
+def _finetuning_is_retained(
+    points: _Points, shares: dict[float, float], *, is_paced: bool
+) -> Check:
     rates = _attained_rates(points)
     if len(rates) < 2:
         return Check("finetuning_is_retained", None, {"rates": rates})
     trained = {rate: points[OURS][rate].trained for rate in rates}
+    measured = {rate: points[OURS][rate].measured for rate in rates}
     figures: dict[str, Any] = {
         "trained": {f"{rate:g}": value for rate, value in trained.items()},
         "of_alone": {f"{rate:g}": shares[rate] for rate in rates if rate in shares},
-        "retained_tokens": _ratio(trained[rates[-1]], trained[rates[0]]),
+        "as_measured": _ratio(measured[rates[-1]], measured[rates[0]]),
         "co_serve_attainment": points[OURS][rates[-1]].attainment,
     }
     has_shares = rates[0] in shares and rates[-1] in shares
-    ends = shares if has_shares else trained
+    ends = shares if has_shares and not is_paced else trained
     retained = figures["retained"] = _ratio(ends[rates[-1]], ends[rates[0]])
     return Check("finetuning_is_retained", retained is not None and retained >= RETENTION, figures)
 

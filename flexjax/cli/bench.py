@@ -282,7 +282,7 @@ class _Bench:
             load = "no requests" if row.rate is None else f"{row.rate:g}/s"
             print(
                 f"{row.policy:>18} {load:>12}: {row.num_requests} requests, {met} in time, "
-                f"{summary.finetuning.backward_target_tokens_per_s or 0:.0f} finetuning tokens/s",
+                f"{summary.finetuning.throughput:.0f} finetuning tokens/s",
                 flush=True,
             )
 

@@ -34,7 +34,7 @@ def _itl_p99_s(name: str, run: RunSummary) -> float:
 def retention(runs: Sequence[RunSummary]) -> float:
     """Finetuning throughput at the highest load over that at the lowest.
 
-    Throughput is `target_tokens_per_s`. Runs of the same rate, say of several seeds, are averaged.
+    Runs of the same rate, say of several seeds, are averaged.
 
     Args:
       runs: Runs of one policy at two rates or more.
@@ -56,7 +56,7 @@ def retention(runs: Sequence[RunSummary]) -> float:
 
 
 def _trained_at(runs: Sequence[RunSummary], rate: float) -> float:
-    found = [run.finetuning.target_tokens_per_s for run in runs if run.rate == rate]
+    found = [run.finetuning.throughput for run in runs if run.rate == rate]
     return math.fsum(found) / len(found)
 
 
@@ -77,7 +77,8 @@ class CompareRow:
       itl_p99_s: p99 of the gaps.
       itl_max_s: Longest gap.
       output_tokens_per_s: Generated tokens per second.
-      target_tokens_per_s: Loss-bearing finetuning tokens per second.
+      target_tokens_per_s: Loss-bearing finetuning tokens per second, as
+        `FinetuningSummary.throughput` counts them.
       peak_share: The same over that of the baseline that only finetunes.
       interference: p99 of the gaps over that of the baseline that only infers, at the same rate.
       idle_share: Share of the time in which no step ran.
@@ -119,7 +120,7 @@ def compare_table(
     Raises:
       ValueError: If a run was not judged by `tier`.
     """
-    peaks = [r.finetuning.target_tokens_per_s for r in runs if r.policy == finetune_only]
+    peaks = [r.finetuning.throughput for r in runs if r.policy == finetune_only]
     peak = math.fsum(peaks) / len(peaks) if peaks else None
     alone = [r for r in runs if r.policy == inference_only]
     ordered = sorted(runs, key=lambda r: (r.policy, math.inf if r.rate is None else r.rate))
@@ -132,7 +133,7 @@ def _row(run: RunSummary, tier: str, alone: Sequence[RunSummary], peak: float | 
         names = [summary.name for summary in run.requests.tiers]
         raise ValueError(f"`tier` must be one of {', '.join(names)}; got {tier!r}.")
     ttft, tpot, itl = run.requests.ttft_s, run.requests.tpot_s, run.requests.itl_s
-    trained = run.finetuning.target_tokens_per_s
+    trained = run.finetuning.throughput
     return CompareRow(
         policy=run.policy,
         rate=run.rate,

@@ -130,10 +130,10 @@ def plot_load(runs: Sequence[RunSummary], tiers: Sequence[Tier], *, title: str) 
         axes.set_title(describe_tier(tier), fontsize=_TEXT_SIZE)
         axes.set(ylabel=f"SLO attainment, {tier.name} [%]", ylim=(-2, 104))
     finetuning, output = panels[-2:]
-    trainers = {run.policy for run in runs if run.finetuning.num_steps}
+    trainers = {run.policy for run in runs if run.finetuning.throughput}
     trained = [run for run in runs if run.policy in trainers]
-    _over_load(finetuning, trained, styles, lambda run: run.finetuning.target_tokens_per_s)
-    finetuning.set_title("loss-bearing tokens of optimizer steps", fontsize=_TEXT_SIZE)
+    _over_load(finetuning, trained, styles, lambda run: run.finetuning.throughput)
+    finetuning.set_title("loss-bearing tokens of backward work", fontsize=_TEXT_SIZE)
     finetuning.set_ylabel("finetuning [tokens/s]")
     _over_load(output, loaded, styles, lambda run: run.output_tokens_per_s)
     output.set_title("generated tokens", fontsize=_TEXT_SIZE)

@@ -17,8 +17,8 @@ class FinetuningSummary:
 
     Attributes:
       num_steps: Optimizer steps done in the window.
-      target_tokens_per_s: Loss-bearing tokens of those steps: the figure to compare by. A step
-        counts where it ends; work on a step that is not done counts nothing.
+      target_tokens_per_s: Loss-bearing tokens of those steps. A step counts where it ends; work on
+        a step that is not done counts nothing.
       tokens_per_s: All tokens of those steps.
       backward_target_tokens_per_s: Loss-bearing tokens of finished backward work, for windows that
         hold few optimizer steps. None without step records.
@@ -34,6 +34,15 @@ class FinetuningSummary:
     backward_target_tokens_per_s: float | None
     forward_tokens_per_s: float | None
     padding_share: float | None
+
+    @property
+    def throughput(self) -> float:
+        """Loss-bearing tokens per second, the figure to compare by.
+
+        Of finished backward work, since a window holds whole optimizer steps only by chance; of
+        finished optimizer steps where that was not recorded.
+        """
+        return self.backward_target_tokens_per_s or self.target_tokens_per_s
 
 
 @dataclasses.dataclass(frozen=True)

@@ -300,7 +300,7 @@ def test_a_sweep_that_shows_what_it_should_passes_every_check():
     figures = {check.name: check.figures for check in check_sweep(sweep(), JUDGED)}
     assert figures["no_policy_trains_more"]["1"] == {
         "co_serve": 500, "co_serve_attainment": 1.0, "best_rival": "spatial", "rival": 505,
-        "rival_over_co_serve": 1.01,
+        "rival_over_co_serve": 1.01, "as_measured": 1.01,
     }  # fmt: skip
     assert figures["no_fixed_policy_is_equal"]["spatial"] == {"2": "finetuning"}
     assert figures["no_fixed_policy_is_equal"]["temporal"]["2"] == "attainment"
@@ -341,10 +341,48 @@ def test_finetuning_is_held_against_what_the_machine_could_do_at_the_time():
 
     slower = figures(1000, 600)
     assert slower.figures["retained"] == pytest.approx((450 / 600) / (500 / 1000))
-    assert slower.figures["retained_tokens"] == pytest.approx(0.9)
+    assert slower.figures["as_measured"] == pytest.approx(0.9)
     faster = figures(800, 1000)
     assert faster.figures["of_alone"] == pytest.approx({"1": 0.625, "2": 0.45})
     assert slower.passed and faster.passed is False
+
+
+def paced(run, ms, count=10):
+    """The run with steps of finetuning alone that took `ms`; small ones do not count."""
+    large = {"decode_rows": 0, "forward_rows": 200, "chunk_bucket": 256}
+    small = {**large, "forward_rows": 20, "chunk_bucket": 32}
+    made = [dataclasses.replace(step(float(n), rows=8, ms=ms), **large) for n in range(count)]
+    made += [dataclasses.replace(step(float(n), rows=8, ms=1.0), **small) for n in range(20)]
+    return dataclasses.replace(run, steps=(*run.steps, *made))
+
+
+def test_throughputs_are_compared_at_the_same_pace_of_the_machine():
+    slow = {"co_serve": 20.0, "spatial": 10.0, "temporal": 10.0}
+
+    def figures(count):
+        runs = [
+            paced(run, slow[run.policy], count) if run.policy in slow else run for run in sweep()
+        ]
+        alone = [made_up("finetune_only", None, 1000), made_up("finetune_only", None, 500)]
+        alone = [paced(run, 10.0, count) for run in alone]
+        runs = [
+            alone[0],
+            *[r for r in runs if r.rate == 1],
+            alone[1],
+            *[r for r in runs if r.rate == 2],
+        ]
+        return {check.name: check for check in check_sweep(runs, JUDGED)}
+
+    even = figures(10)["no_policy_trains_more"]
+    assert even.figures["1"]["rival_over_co_serve"] == pytest.approx(505 / 1000)
+    assert even.figures["1"]["as_measured"] == pytest.approx(1.01)
+    kept = figures(10)["finetuning_is_retained"]
+    assert kept.figures["retained"] == kept.figures["as_measured"] == pytest.approx(0.9)
+    assert kept.figures["of_alone"] == pytest.approx({"1": 0.5, "2": 0.9})
+    # With too few such steps in some run, it stays at what was measured.
+    few = figures(9)
+    assert few["no_policy_trains_more"].figures["1"]["rival_over_co_serve"] == pytest.approx(1.01)
+    assert few["finetuning_is_retained"].figures["retained"] == pytest.approx(0.9 / 0.5)
 
 
 def test_a_check_without_runs_to_judge_by_cannot_tell():
