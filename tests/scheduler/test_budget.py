@@ -65,6 +65,14 @@ def test_finetuning_waits_where_a_larger_mix_gets_more_done(turn, expected):
     assert choose_mix(load(), turn, LADDER, Device(2.0)) == expected
 
 
+@pytest.mark.parametrize("max_ms, expected", [(5.0, 0), (6.5, 32)])
+def test_what_fits_only_later_is_waited_for_though_steps_have_time_for_it(max_ms, expected):
+    """8 forward rows take 3.8 ms and 32 of them 6.2 ms, both less than steps may on average."""
+    turn = Turn(max_ms=max_ms, reach_ms=100.0, mean_ms=9.0)
+    budget = choose_mix(load(tile_rows=0), turn, LADDER, Device(2.0))
+    assert budget == FinetuneBudget(expected, 0)
+
+
 def test_it_does_not_wait_where_small_mixes_are_as_good():
     turn = Turn(max_ms=10.0, reach_ms=100.0, mean_ms=3.0)
     assert choose_mix(load(), turn, LADDER, Device(0.0)).rows > 0
