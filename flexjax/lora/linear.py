@@ -55,7 +55,9 @@ def bank_linear(
 
     def add_deltas(name: str, x: Array, acc: Array, slots: Array) -> Array:
         a, b = bank.a[name], bank.b[name]
-        return grouped_lora(x, acc, a, b, bank.scale, layer, slots, *rows[1:3], **options)
+        return grouped_lora(
+            x, acc, a, b, bank.scale, layer, slots, rows.active, rows.num_active, **options
+        )
 
     def linear(name: str, x: Array) -> Array:
         acc, at = product(weights, name, x), num_decode
