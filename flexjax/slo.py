@@ -18,8 +18,9 @@ class SLO:
       ttft_ms: Milliseconds from arrival to the first token, queueing included; None for no target.
       tpot_ms: Mean milliseconds per token after the first; None for no target.
       itl_ms: Milliseconds between two tokens that finetuning may stretch a gap to, where earlier
-        tokens came early enough for the mean; None for `tpot_ms`, so that no gap is longer. Above
-        it, finetuning gets more done in the same time; below it, less.
+        tokens came early enough for the mean. Above `tpot_ms`, finetuning gets more done in the
+        same time; below it, less. Steps are sized so that it holds for 99 gaps of a hundred. None
+        for `tpot_ms`, to which steps are sized as for the mean: nine of ten.
     """
 
     ttft_ms: float | None = None

@@ -33,7 +33,7 @@ QUICK = (
     *("--decode-buckets", "4", "--chunk-buckets", "16", "--window-buckets", "16"),
     *("--adapters", "1", "--rank", "2", "--ttft-ms", "1000", "--tpot-ms", "1000"),
     *("--policies", "co_serve", "inference_only", "finetune_only"),
-    *("--drain-seconds", "2", "--max-seq-len", "64", "--burst-seconds", "1"),
+    *("--drain-seconds", "2", "--max-seq-len", "64", "--burst-seconds", "1", "--least-gaps", "1"),
 )
 RATES, QUICK_RATES = ("1", "2", "3", "4", "5"), ("2", "4")
 DRAWN = ("--prompt-tokens", "64", "--output-tokens", "48")

@@ -24,6 +24,7 @@ from flexjax.metrics import (
     RunRecord,
     RunSummary,
     Tier,
+    all_gaps_s,
     compare_table,
     percentile,
     summarize_run,
@@ -210,6 +211,8 @@ class SweepSettings:
         answers slowly leaves some of it for later, and gains by it.
       drain_s: Seconds that answers may take after it.
       repeats: Times that everything is run, each with requests of its own.
+      least_gaps: Gaps between tokens that `run_capped` gathers at each rate, at least, if there are
+        requests enough: a p99 of few is the chance of a step or two.
       seed: Seed of the first repeat.
 
     Raises:
@@ -223,13 +226,16 @@ class SweepSettings:
     tail_s: float = 0.0
     drain_s: float = 3.0
     repeats: int = 1
+    least_gaps: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_sweep_fields(self.policies, self.rates, self.targets, self.window_s)
         is_right = 0 <= self.tail_s < self.window_s
         _require(is_right, "tail_s", f">= 0 and below `window_s`={self.window_s:g}", self.tail_s)
-        _require(self.repeats >= 1, "repeats", "at least 1", self.repeats)
+        for name in ("repeats", "least_gaps"):
+            value = getattr(self, name)
+            _require(value >= 1, name, "at least 1", value)
 
     @property
     def tier(self) -> Tier:
@@ -310,12 +316,22 @@ def run_capped(
     source: LoadSource,
     jobs: Sequence[FinetuneConfig],
     *,
+    alone: Sequence[RunRecord] = (),
     header: Mapping[str, Any] | None = None,
 ) -> list[RunRecord]:
     """Runs inference alone, and co-serving with no gap to be longer than p99 of those it saw.
 
     In a sweep finetuning may save up time for a long step, as far as `SLO.itl_ms` of its targets
-    allows; from these runs it can be read off what it gets done where it may not.
+    allows; from these runs it can be read off what it gets done where it may not. Requests arrive
+    for as long as it takes to have `SweepSettings.least_gaps`, in all repeats together.
+
+    Args:
+      engine: Idle; see `run_workload`.
+      settings: What to run.
+      source: Of the workloads.
+      jobs: What is finetuned beside the requests.
+      alone: Earlier runs; the gaps of those under inference alone count for the p99 of their rate.
+      header: See `run_workload`.
 
     Returns:
       Two records a rate and repeat, in the order in which they ran.
@@ -323,22 +339,42 @@ def run_capped(
     Raises:
       ValueError, JobStateError: See `run_workload` and `LoadSource.workload`.
     """
-    serving = {"horizon_s": settings.window_s, "drain_s": settings.drain_s}
-    runs = []
-    for repeat in range(settings.repeats):
-        seed = settings.seed + repeat
-        for rate in settings.rates:
-            workload = source.workload(rate, settings.arrivals_s, seed)
-            fields: dict[str, Any] = {"rate": rate, "seed": seed, "header": header, **serving}
+    common: dict[str, Any] = {"jobs": jobs, "header": header, "drain_s": settings.drain_s}
+    runs: list[RunRecord] = []
+    for rate in settings.rates:
+        seen = [run for run in alone if (run.policy, run.rate) == ("inference_only", rate)]
+        gaps_s = all_gaps_s(seen)
+        for seed in range(settings.seed, settings.seed + settings.repeats):
+            workload = _with_gaps(source, rate, settings, seed)
+            seconds = workload.settings["seconds"] + settings.tail_s
+            fields: dict[str, Any] = {"rate": rate, "seed": seed, "horizon_s": seconds, **common}
             targets = settings.targets
-            for policy in ("inference_only", "co_serve"):
-                run = run_workload(
-                    engine, workload, policy=policy, jobs=jobs, targets=targets, **fields
-                )
-                gaps = [1e3 * gap for request in run.requests for gap in request.itl_s]
-                targets = dataclasses.replace(targets, itl_ms=percentile(gaps or [1.0], 99))
-                runs.append(run)
+            base = run_workload(
+                engine, workload, policy="inference_only", targets=targets, **fields
+            )
+            gaps_s += all_gaps_s([base])
+            if gaps_s:
+                targets = dataclasses.replace(targets, itl_ms=1e3 * percentile(gaps_s, 99))
+            ours = run_workload(engine, workload, policy="co_serve", targets=targets, **fields)
+            runs += [base, ours]
     return runs
+
+
+def _with_gaps(source: LoadSource, rate: float, settings: SweepSettings, seed: int) -> Workload:
+    """Requests that have a repeat's part of the gaps, or as many as there are.
+
+    At least those of a run of the sweep.
+    """
+    seconds = settings.arrivals_s
+    longest_s = math.inf if source.trace is None else (len(source.trace) - 1) / rate
+    while True:
+        workload = source.workload(rate, seconds, seed)
+        found = sum((arrival.output_tokens or 1) - 1 for arrival in workload.arrivals)
+        is_enough = found * settings.repeats >= settings.least_gaps
+        if is_enough or not found or seconds >= longest_s:
+            return workload
+        # Lengths differ from request to request: a little more than it seems to take.
+        seconds = min(1.1 * seconds * settings.least_gaps / (settings.repeats * found), longest_s)
 
 
 def run_burst(

@@ -105,6 +105,7 @@ def _settings(options: BenchOptions, rates: tuple[float, ...], targets: SLO) -> 
         tail_s=options.tail_seconds,
         drain_s=options.drain_seconds,
         repeats=options.repeats,
+        least_gaps=options.least_gaps,
         seed=options.seed,
     )
 
@@ -224,7 +225,7 @@ class _Bench:
         )
         checks: tuple[Check, ...] = ()
         if "co_serve" in settings.policies:
-            capped = self._capped(settings) if options.gaps else []
+            capped = self._capped(settings, runs) if options.gaps else []
             checks = check_sweep(runs, settings.tier, capped)
         if options.burst:
             checks += (self._burst(settings, runs),)
@@ -286,10 +287,10 @@ class _Bench:
                 flush=True,
             )
 
-    def _capped(self, settings: SweepSettings) -> list[RunRecord]:
+    def _capped(self, settings: SweepSettings, alone: list[RunRecord]) -> list[RunRecord]:
         """Runs of which the gaps between tokens are compared."""
         parts = (self._engine, settings, self._source, self._jobs)
-        runs = run_capped(*parts, header=self._header)
+        runs = run_capped(*parts, alone=alone, header=self._header)
         for run in runs:
             save_run(self._options.output / CAPPED_FILE, run, settings.tier)
         return runs

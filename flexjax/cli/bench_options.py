@@ -134,6 +134,9 @@ class BenchOptions(EngineSizeOptions):
         float, _option(_RUNS, "Seconds that answers may take after the run")
     ] = 3.0
     repeats: Annotated[int, _option(_RUNS, "Times that everything is run")] = 1
+    least_gaps: Annotated[
+        int, _option(_RUNS, "Gaps between tokens at each rate that --gaps compares, at least")
+    ] = 1000
     burst: Annotated[
         bool,
         _option(

@@ -4,6 +4,7 @@
 """
 
 from flexjax.metrics.compare import CompareRow as CompareRow
+from flexjax.metrics.compare import all_gaps_s as all_gaps_s
 from flexjax.metrics.compare import compare_table as compare_table
 from flexjax.metrics.compare import interference_ratio as interference_ratio
 from flexjax.metrics.compare import markdown_table as markdown_table

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flexjax.metrics.report import RunSummary
+from flexjax.metrics.run import RunRecord
 from flexjax.metrics.summary import Distribution
 
 
@@ -29,6 +30,11 @@ def _itl_p99_s(name: str, run: RunSummary) -> float:
     if found is None or found.p99 == 0:
         raise ValueError(f"`{name}` must have gaps between tokens above 0 s; got {found!r}.")
     return found.p99
+
+
+def all_gaps_s(runs: Iterable[RunRecord]) -> list[float]:
+    """Every gap between two tokens of a request, in all runs together; seconds."""
+    return [gap for run in runs for request in run.requests for gap in request.itl_s]
 
 
 def retention(runs: Sequence[RunSummary]) -> float:

@@ -33,6 +33,10 @@ class StepPredictor(Protocol):
         """Milliseconds that a step will rarely exceed."""
         ...
 
+    def tail_factor(self) -> float:
+        """Factor above `predict_high` within which all but one mixed step in a hundred stay."""
+        ...
+
 
 @dataclasses.dataclass(slots=True)
 class Load:

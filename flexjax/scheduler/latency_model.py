@@ -6,6 +6,7 @@ and its files are `latency_profile`'s. Imports no jax.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import math
@@ -102,6 +103,8 @@ _BUCKET_LIMIT = 0.1
 _FORGET_STEPS = 500
 """Steps after which half of a correction that nothing confirmed is forgotten."""
 _WINDOW = 5
+_TAIL_QUANTILE = 0.99
+_TAIL_STEPS = 500
 _LEAST_NOISE = 0.01
 
 
@@ -139,6 +142,28 @@ class _HighQuantile:
         size = min(abs(gap), 4 * self._spread)
         self._spread = max(self._spread + 0.05 * (size - self._spread), 0.2 * _LEAST_NOISE)
         self.value += 0.2 * self._spread * (self._quantile - (gap <= self.value))
+
+
+class _Tail:
+    """A far quantile of the remaining log ratio: of the last `_TAIL_STEPS` as they were."""
+
+    def __init__(self, noise: float):
+        self._recent: collections.deque[float] = collections.deque()
+        self._sorted: list[float] = []
+        self._prior = max(noise, _LEAST_NOISE) * statistics.NormalDist().inv_cdf(_TAIL_QUANTILE)
+
+    def update(self, gap: float) -> None:
+        self._recent.append(gap)
+        bisect.insort(self._sorted, gap)
+        if len(self._recent) > _TAIL_STEPS:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
+
+    @property
+    def value(self) -> float:
+        count = len(self._sorted)
+        if count * (1 - _TAIL_QUANTILE) < 1:  # too few to have met one of those
+            return max([self._prior, *self._sorted[-1:]])
+        return self._sorted[math.ceil(_TAIL_QUANTILE * count) - 1]
 
 
 class LatencyModel:
@@ -194,6 +219,7 @@ class LatencyModel:
         self._level = 0.0
         self._step = 0
         self._high = [_HighQuantile(self._quantile, coefficients.noise) for _ in range(2)]
+        self._tail = _Tail(coefficients.noise)
 
     def forget(self) -> None:
         """Goes back to the fit: corrections and errors are forgotten.
@@ -266,6 +292,18 @@ class LatencyModel:
         log_factor = self._correction(features, state) + self._high[features.has_finetuning].value
         return self._fitted_ms(features, state) * math.exp(log_factor)
 
+    def tail_factor(self) -> float:
+        """Factor above `predict_high` within which 99 % of mixed steps stay; at least 1.
+
+        Mixed steps hold decode rows and finetuning: those in which finetuning makes a gap longer.
+
+        Raises:
+          RuntimeError: If the model has not been fitted.
+        """
+        if not self.is_ready:
+            raise RuntimeError("The latency model has no fit yet: measure buckets, or load one.")
+        return math.exp(max(0.0, self._tail.value - self._high[True].value))
+
     def _fitted_ms(self, features: StepFeatures, state: _Bucket) -> float:
         decode, chunk, tile, sample_call, sample_row, loss_call, loss_row, optimizer = self._extra
         ms = state.base_ms + decode * features.decode_kv_tokens + chunk * features.chunk_kv_pairs
@@ -306,6 +344,8 @@ class LatencyModel:
         high = self._high[features.has_finetuning]
         self._errors.add(gap, gap <= high.value)
         high.update(gap)
+        if features.has_finetuning and features.decode_rows:
+            self._tail.update(gap)
         bias = (1 - _DRAIN) * state.bias * self._fade(state.updated)
         kind = self._kind(features, state)
         self._update_level(kind, log_ratio - bias)

@@ -211,7 +211,8 @@ class Scheduler:
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
         pace_ms = self._pace_ms(len(self.running))
-        found = survey(self.running, begin_s, pace_ms / 1e3)
+        itl_share = 1.0 / self.latency.tail_factor() if self.running else 1.0
+        found = survey(self.running, begin_s, pace_ms / 1e3, itl_share)
         self._prefilling, self._decoding = found.prefilling, found.decoding
         is_urgent = first_token_is_urgent(
             found.prefilling,

@@ -61,6 +61,7 @@ class Sequence:
       max_tokens: Tokens at most, prompt included: what was asked for, or the context's length.
       tpot_s: Its target, infinite without one.
       itl_s: Its longest gap between two tokens.
+      has_itl: Whether that is a target of its own.
     """
 
     request: GenerationRequest
@@ -79,6 +80,7 @@ class Sequence:
     max_tokens: int = 0
     tpot_s: float = math.inf
     itl_s: float = math.inf
+    has_itl: bool = False
 
     @classmethod
     def from_request(cls, request: GenerationRequest, max_context_len: int) -> Sequence:
@@ -91,6 +93,7 @@ class Sequence:
             max_tokens=min(length + request.params.max_tokens, max_context_len),
             tpot_s=request.slo.tpot_s,
             itl_s=request.slo.itl_s,
+            has_itl=request.slo.itl_ms is not None,
         )
 
     @property
@@ -108,7 +111,9 @@ class Sequence:
         """Output tokens that exist."""
         return self.num_tokens - self.prompt_len
 
-    def due_and_reach_s(self, previous_s: float, pace_s: float) -> tuple[float, float]:
+    def due_and_reach_s(
+        self, previous_s: float, pace_s: float, itl_share: float = 1.0
+    ) -> tuple[float, float]:
         """When the next token of a request that has some is due, and what patience would give.
 
         Token j after the first is due j TPOTs after it, so that time saved on early tokens may be
@@ -121,12 +126,16 @@ class Sequence:
           previous_s: Clock of the token before; an estimate if the host has not read it.
           pace_s: Seconds of a step without finetuning, by which it is told whether a late request
             can catch up.
+          itl_share: Share of `SLO.itl_ms` that may be planned for, so that what takes longer than
+            expected still keeps it; see `StepPredictor.tail_factor`.
 
         Returns:
           The clock at which it is due, and the most seconds that there will be for one of the
           tokens after it, if the steps until then hold no finetuning.
         """
-        tpot_s, first_s = self.tpot_s, self.first_token_s
+        tpot_s, itl_s, first_s = self.tpot_s, self.itl_s, self.first_token_s
+        if self.has_itl:
+            itl_s *= itl_share
         if first_s is None:
             first_s = previous_s
         num_tokens = len(self.tokens) + self.in_flight
@@ -138,10 +147,10 @@ class Sequence:
         free_s = first_s + (number - reserve) * tpot_s - previous_s
         if free_s < 0.0:
             is_lost = free_s + reserve * tpot_s + remaining * (tpot_s - pace_s) < 0.0
-            return (previous_s + tpot_s, tpot_s) if is_lost else (previous_s, self.itl_s)
+            return (previous_s + tpot_s, tpot_s) if is_lost else (previous_s, itl_s)
         reach_s = free_s
         if tpot_s > pace_s:
             reach_s += remaining * (tpot_s - pace_s)
-        if self.itl_s < reach_s:
-            reach_s = self.itl_s
+        if itl_s < reach_s:
+            reach_s = itl_s
         return previous_s + (free_s if free_s < reach_s else reach_s), reach_s

@@ -39,7 +39,9 @@ class Survey:
     mean_ms: float
 
 
-def survey(running: Iterable[Sequence], begin_s: float, pace_s: float) -> Survey:
+def survey(
+    running: Iterable[Sequence], begin_s: float, pace_s: float, itl_share: float = 1.0
+) -> Survey:
     """Sorts the running requests into those that decode and those that prefill.
 
     Once for each running request and iteration, so it does by hand what properties of `Sequence`
@@ -49,6 +51,7 @@ def survey(running: Iterable[Sequence], begin_s: float, pace_s: float) -> Survey
       running: Requests with pages.
       begin_s: Clock when the step is expected to begin.
       pace_s: Seconds of a step without finetuning.
+      itl_share: See `Sequence.due_and_reach_s`.
     """
     prefilling: list[Sequence] = []
     decoding: list[Sequence] = []
@@ -67,7 +70,7 @@ def survey(running: Iterable[Sequence], begin_s: float, pace_s: float) -> Survey
         previous_s = sequence.last_token_s
         if sequence.in_flight or previous_s is None:
             previous_s = begin_s  # the step before ends with it
-        due_s, reach_s = sequence.due_and_reach_s(previous_s, pace_s)
+        due_s, reach_s = sequence.due_and_reach_s(previous_s, pace_s, itl_share)
         if due_s < least_s:
             least_s = due_s
         if reach_s < least_reach_s:

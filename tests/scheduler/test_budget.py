@@ -40,6 +40,9 @@ class Device:
 
     predict_high = predict
 
+    def tail_factor(self):
+        return 1.0
+
 
 def load(**fields):
     return Load(**{"decode_rows": 2, "forward_rows": 100, "tile_rows": 32, **fields})

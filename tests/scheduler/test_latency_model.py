@@ -388,6 +388,34 @@ def test_the_high_prediction_covers_its_share(quantile, profile, rng):
     assert model.predict_high(DECODE) < 1.1 * model.predict(DECODE)
 
 
+def test_the_tail_is_that_of_mixed_steps(model, rng):
+    """One in fifty takes half as long again; steps without requests, or finetuning, do not tell."""
+    costs = RooflineCosts()
+    alone = dataclasses.replace(MIXED, decode_rows=0, decode_kv_tokens=0)
+    within = 0
+    for number in range(3000):
+        for mix, sigma in ((alone, 0.3), (DECODE, 0.3), (MIXED, 0.05)):
+            ms = costs.ms(mix) * float(np.exp(sigma * rng.standard_normal()))
+            ms *= 1.5 if mix is MIXED and rng.random() < 0.02 else 1.0
+            if mix is MIXED and number >= 1000:
+                within += ms <= model.predict_high(mix) * model.tail_factor()
+            model.observe(mix, ms)
+    assert within / 2000 == pytest.approx(0.99, abs=0.007)
+    assert LatencyModel().is_ready is False
+    with pytest.raises(RuntimeError, match="no fit yet"):
+        LatencyModel().tail_factor()
+
+
+def test_few_steps_are_taken_at_their_worst(model, rng):
+    costs = RooflineCosts()
+    before = model.predict_high(MIXED) * model.tail_factor() / model.predict(MIXED)
+    assert before > model.predict_high(MIXED) / model.predict(MIXED)
+    play(model, [MIXED], costs, rng, 20, sigma=0.0)
+    play(model, [MIXED], costs, rng, 1, factor=2.0, sigma=0.0)
+    worst = model.predict_high(MIXED) * model.tail_factor() / model.predict(MIXED)
+    assert worst == pytest.approx(2.0, rel=0.05)
+
+
 @pytest.mark.parametrize("ms", [0.0, -1.0, float("inf"), float("nan")])
 def test_observed_times_are_checked(model, ms):
     before = model.predict(DECODE)

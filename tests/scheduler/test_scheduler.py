@@ -33,6 +33,9 @@ class HandMade:
 
     predict_high = predict
 
+    def tail_factor(self):
+        return 1.0
+
 
 class World:
     """A scheduler whose steps are played by hand, one step behind, as the engine does."""

@@ -29,6 +29,9 @@ class HandMade:
 
     predict_high = predict
 
+    def tail_factor(self):
+        return 1.0
+
 
 class Clock:
     """Plays steps on a virtual clock, one ahead, as the engine does."""
@@ -168,6 +171,26 @@ def test_a_longer_gap_buys_larger_steps():
         assert np.mean(gaps_ms(times)) <= 8.0 + 1e-6
         rows.append(world.finetune_rows(times[0], times[-1]) / (times[-1] - times[0]))
     assert rows[1] > 1.05 * rows[0]
+
+
+class Unsteady(Steep):
+    """One mixed step in a hundred takes half as long again."""
+
+    def tail_factor(self):
+        return 1.5
+
+
+@pytest.mark.parametrize("itl_ms, longest_ms", [(None, 12.0), (12.0, 8.0), (18.0, 12.0)])
+def test_a_longest_gap_that_was_asked_for_is_kept_in_the_tail_too(itl_ms, longest_ms):
+    """Steps leave room for it; where the TPOT alone limits gaps, the budget's quantile does."""
+    world = Clock()
+    world.latency = world.scheduler.latency = Unsteady()
+    world.add_run([90] * 16, epochs=1000)
+    sequence = world.add(4, 100, SLO(tpot_ms=12.0, itl_ms=itl_ms))
+    world.until(1.0)
+    times = world.times[sequence]
+    assert sequence.status is SequenceStatus.FINISHED
+    assert 0.75 * longest_ms < max(gaps_ms(times)) <= longest_ms + 1e-6
 
 
 def test_finetuning_yields_within_one_iteration_and_comes_back():
