@@ -29,8 +29,9 @@ from flexjax.builtin_models import builtin_model_config
 from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingParams
 from flexjax.data import demo_dataset, tiny_model_dir
 from flexjax.engine.batch import SampleTable, build_loss, build_step
-from flexjax.engine.engine import Engine, StepEvent
+from flexjax.engine.engine import Engine
 from flexjax.engine.output import RequestOutput
+from flexjax.engine.pipeline import StepEvent
 from flexjax.engine.sizing import Sizing
 from flexjax.layout import Bucket
 from flexjax.request import GenerationRequest

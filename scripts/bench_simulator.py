@@ -30,9 +30,9 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from flexjax.bench.harness import header
+from flexjax.bench.loads import LoadSource, measure_capacity, measure_idle_itl_s
 from flexjax.bench.paced import paced
 from flexjax.bench.paper_run import measure_paper, save_paper
-from flexjax.bench.policies import LoadSource, measure_capacity, measure_idle_itl_s
 from flexjax.bench.sim_check import CheckSettings, compare, run_engine
 from flexjax.bench.sim_report import Comparison, comparison_report, save_comparisons
 from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig

@@ -17,7 +17,7 @@ if [ -n "$failed" ]; then
   echo "Failed:$failed" >&2
 fi
 status=0
-"$PYTHON" -m pytest -n 2 --dist loadfile "$@" || status=$?
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 if [ "$status" -eq 0 ] && [ -n "$failed" ]; then
   status=1
 fi

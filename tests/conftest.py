@@ -15,6 +15,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+_LONG = ("test_notebooks.py", "test_simulate_script.py")
+"""Files of few tests that take minutes: begun last, they would keep one worker alone."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture
 def rng(request):
     """A numpy generator that differs between tests and is the same between runs."""

@@ -1,4 +1,4 @@
-"""Policies over loads on one engine: what is offered, in which order, and the table of it.
+"""Policies over loads on one engine: what runs in which order, and the table of it.
 
 Runs of all policies are interleaved, so that a machine that becomes slower hits all alike. What
 the figures must satisfy is `checks`'.
@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from flexjax.bench.loads import Burst, LoadSource
 from flexjax.bench.serving import run_workload
 from flexjax.config import FinetuneConfig
 from flexjax.engine.engine import Engine
@@ -29,20 +28,9 @@ from flexjax.metrics import (
     percentile,
     summarize_run,
 )
-from flexjax.slo import NO_SLO, SLO
-from flexjax.workload import (
-    Arrival,
-    ConstantLength,
-    IndependentLengths,
-    Popularity,
-    RequestLengths,
-    TraceLengths,
-    Workload,
-    burst_arrivals,
-    gamma_arrivals,
-    with_adapters,
-    with_lengths,
-)
+from flexjax.metrics.checks import require
+from flexjax.slo import SLO
+from flexjax.workload import Workload
 
 TIER = "targets"
 """Name of the tier that a bench judges by."""
@@ -58,118 +46,6 @@ DEFAULT_POLICIES = (
 )
 DEFAULT_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Offered loads, as shares of what the engine can answer."""
-
-
-def _require(is_right: bool, name: str, rule: str, value: object) -> None:
-    if not is_right:
-        raise ValueError(f"`{name}` must be {rule}; got {value!r}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadSource:
-    """Makes workloads of any rate.
-
-    Each holds exactly `round(rate * seconds)` requests, at least one, and the first arrives at 0:
-    gaps are drawn, or taken from a random place of the trace, and stretched to fit.
-
-    Attributes:
-      name: Name of the workloads.
-      lengths: What lengths are drawn from; None for those of the trace.
-      trace: Requests in order of arrival; None for drawn gaps.
-      burstiness: Shape of the gamma distribution of drawn gaps; 1 is a Poisson process.
-      adapters: Adapters that answer; none for the base model.
-      popularity: As in `with_adapters`; "zipf" has exponent 1.
-
-    Raises:
-      ValueError: If lengths are missing, or a trace comes without them where `lengths` is None.
-    """
-
-    name: str
-    lengths: RequestLengths | None = None
-    trace: Sequence[Arrival] | None = None
-    burstiness: float = 1.0
-    adapters: Sequence[str] = ()
-    popularity: Popularity = "uniform"
-
-    def __post_init__(self) -> None:
-        has_own = self.trace is not None and all(
-            a.prompt_tokens is not None and a.output_tokens is not None for a in self.trace
-        )
-        is_right = self.lengths is not None or has_own
-        _require(is_right, "lengths", "given where the trace has none", self.lengths)
-
-    def workload(self, rate: float, seconds: float, seed: int) -> Workload:
-        """Requests of `seconds` seconds at a rate.
-
-        Raises:
-          ValueError: If a number is not positive, or the trace holds too few requests, or only
-            requests that arrive at once.
-        """
-        for name, value in (("rate", rate), ("seconds", seconds)):
-            _require(math.isfinite(value) and value > 0, name, "a number > 0", value)
-        count = max(1, round(rate * seconds))
-        if self.trace is None:
-            arrivals = gamma_arrivals(rate, count + 1, seed, burstiness=self.burstiness)
-        else:
-            rule = f"at least {count + 1} requests long, for {rate:g} a second"
-            _require(len(self.trace) > count, "trace", rule, len(self.trace))
-            start = int(np.random.default_rng(seed).integers(len(self.trace) - count))
-            arrivals = list(self.trace[start : start + count + 1])
-        first_s, span_s = arrivals[0].arrival_s, arrivals[-1].arrival_s - arrivals[0].arrival_s
-        _require(span_s > 0, "trace", "of requests at different times", span_s)
-        scale = seconds / span_s
-        fitted = [
-            dataclasses.replace(a, arrival_s=(a.arrival_s - first_s) * scale)
-            for a in arrivals[:count]
-        ]
-        return self._labelled(fitted, seed, {"rate": rate, "seconds": seconds})
-
-    def burst(self, burst: Burst, seconds: float, seed: int) -> Workload:
-        """Requests of a Poisson process with one burst, whatever the gaps of the source are."""
-        arrivals = burst_arrivals(
-            burst.base_rate,
-            seconds,
-            seed,
-            burst_factor=burst.factor,
-            burst_start_s=burst.start_s,
-            burst_length_s=burst.length_s,
-        )
-        settings = {**dataclasses.asdict(burst), "seconds": seconds}
-        return self._labelled(arrivals, seed, settings, suffix="-burst")
-
-    def _labelled(
-        self,
-        arrivals: list[Arrival],
-        seed: int,
-        settings: Mapping[str, Any],
-        suffix: str = "",
-    ) -> Workload:
-        lengths = self.lengths
-        if lengths is None and suffix:  # drawn arrivals have none of their own
-            lengths = TraceLengths.of(self.trace or ())
-        if lengths is not None:
-            arrivals = with_lengths(arrivals, lengths, seed)
-        if self.adapters:
-            alpha = 1.0 if self.popularity == "zipf" else None
-            arrivals = with_adapters(arrivals, self.adapters, self.popularity, seed, alpha=alpha)
-        return Workload(self.name + suffix, arrivals, seed, settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Burst:
-    """A load that rises for a while.
-
-    Attributes:
-      base_rate: Requests per second before and after.
-      factor: What the rate is multiplied by.
-      start_s: When it rises.
-      length_s: For how long.
-    """
-
-    base_rate: float
-    factor: float
-    start_s: float
-    length_s: float
 
 
 def check_sweep_fields(
@@ -189,12 +65,12 @@ def check_sweep_fields(
     """
     for name, value in (("policies", policies), ("rates", rates)):
         is_right = len(value) > 0 and len(set(value)) == len(value)
-        _require(is_right, name, "not empty and without repetitions", value)
+        require(is_right, name, "not empty and without repetitions", value)
     for rate in rates:
-        _require(math.isfinite(rate) and rate > 0, "rates", "numbers > 0", rate)
+        require(math.isfinite(rate) and rate > 0, "rates", "numbers > 0", rate)
     has_both = targets.ttft_ms is not None and targets.tpot_ms is not None
-    _require(has_both, "targets", "an SLO with TTFT and TPOT", targets)
-    _require(window_s > 0, "window_s", "> 0", window_s)
+    require(has_both, "targets", "an SLO with TTFT and TPOT", targets)
+    require(window_s > 0, "window_s", "> 0", window_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,10 +108,10 @@ class SweepSettings:
     def __post_init__(self) -> None:
         check_sweep_fields(self.policies, self.rates, self.targets, self.window_s)
         is_right = 0 <= self.tail_s < self.window_s
-        _require(is_right, "tail_s", f">= 0 and below `window_s`={self.window_s:g}", self.tail_s)
+        require(is_right, "tail_s", f">= 0 and below `window_s`={self.window_s:g}", self.tail_s)
         for name in ("repeats", "least_gaps"):
             value = getattr(self, name)
-            _require(value >= 1, name, "at least 1", value)
+            require(value >= 1, name, "at least 1", value)
 
     @property
     def tier(self) -> Tier:
@@ -405,37 +281,6 @@ def run_burst(
         seed=settings.seed,
         header=header,
     )
-
-
-def measure_idle_itl_s(engine: Engine, *, prompt_tokens: int, output_tokens: int) -> float:
-    """Seconds between two tokens of a request that has the engine to itself; the median gap.
-
-    Raises:
-      ValueError: If there are fewer than two output tokens; see also `run_workload`.
-    """
-    _require(output_tokens >= 2, "output_tokens", "at least 2", output_tokens)
-    request = Arrival(0.0, prompt_tokens, output_tokens)
-    run = run_workload(engine, Workload("idle", [request]), policy="inference_only")
-    return percentile(run.requests[0].itl_s, 50)
-
-
-def measure_capacity(engine: Engine, source: LoadSource, *, num_requests: int, seed: int) -> float:
-    """Requests per second that the engine answers without finetuning, when all come at once.
-
-    Raises:
-      ValueError: See `run_workload` and `LoadSource.workload`.
-    """
-    spread = source.workload(float(num_requests), 1.0, seed)
-    arrivals = [dataclasses.replace(a, arrival_s=0.0) for a in spread.arrivals]
-    workload = Workload("capacity", arrivals, seed)
-    run = run_workload(engine, workload, policy="inference_only", targets=NO_SLO, seed=seed)
-    last_s = max(request.token_times_s[-1] for request in run.requests)
-    return len(run.requests) / (last_s - run.begin_s)
-
-
-def constant_lengths(prompt_tokens: int, output_tokens: int) -> RequestLengths:
-    """The same prompt and output length for every request."""
-    return IndependentLengths(ConstantLength(prompt_tokens), ConstantLength(output_tokens))
 
 
 def save_run(path: Path | str, run: RunRecord, tier: Tier) -> RunSummary:

@@ -21,9 +21,10 @@ import numpy as np
 from flexjax.axes import PADDING
 from flexjax.bench.harness import header as harness_header
 from flexjax.config import FinetuneConfig, SamplingParams
-from flexjax.engine.engine import Engine, StepEvent
+from flexjax.engine.engine import Engine
 from flexjax.engine.job import ENDED, Job
 from flexjax.engine.output import RequestOutput
+from flexjax.engine.pipeline import StepEvent
 from flexjax.engine.sizing import Sizing
 from flexjax.errors import CapacityError
 from flexjax.metrics import RequestRecord, RunRecord, StepRecord, TrainRecord

@@ -20,16 +20,19 @@ from typing import Any
 
 import jax
 
+from flexjax.bench.loads import LoadSource
 from flexjax.bench.paced import Pace, paced
-from flexjax.bench.policies import LoadSource, check_sweep_fields, tier_of
+from flexjax.bench.policies import check_sweep_fields, tier_of
 from flexjax.bench.serving import run_workload
 from flexjax.bench.sim_report import ComparedRow, Comparison, compare_row
 from flexjax.bench.simulate import simulated_engine
 from flexjax.config import FinetuneConfig
-from flexjax.engine.engine import Engine, StepEvent
+from flexjax.engine.engine import Engine
+from flexjax.engine.pipeline import StepEvent
 from flexjax.engine.sizing import Sizing
 from flexjax.io.dataset import load_dataset
 from flexjax.metrics import RunRecord, RunSummary, summarize_run
+from flexjax.metrics.checks import require
 from flexjax.scheduler.latency_profile import LatencyProfile, profile_sizes
 from flexjax.simulator import (
     DeviceTimes,
@@ -48,11 +51,6 @@ from flexjax.workload import Workload
 MOST_LATE = 0.05
 """Share of steps of a paced run that may be computed too late; the run is repeated otherwise."""
 _MOST_TRIES = 3
-
-
-def _require(is_right: bool, name: str, rule: str, value: object) -> None:
-    if not is_right:
-        raise ValueError(f"`{name}` must be {rule}; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,10 +85,10 @@ class CheckSettings:
 
     def __post_init__(self) -> None:
         check_sweep_fields(self.policies, self.rates, self.targets, self.window_s)
-        _require(self.drain_s >= 0, "drain_s", ">= 0", self.drain_s)
-        _require(self.repeats >= 2, "repeats", "at least 2", self.repeats)
-        _require(self.num_simulations >= 1, "num_simulations", "at least 1", self.num_simulations)
-        _require(self.seed >= 0, "seed", ">= 0", self.seed)
+        require(self.drain_s >= 0, "drain_s", ">= 0", self.drain_s)
+        require(self.repeats >= 2, "repeats", "at least 2", self.repeats)
+        require(self.num_simulations >= 1, "num_simulations", "at least 1", self.num_simulations)
+        require(self.seed >= 0, "seed", ">= 0", self.seed)
 
     @property
     def seeds(self) -> range:
@@ -271,7 +269,7 @@ def simulated_job(engine: Engine, config: FinetuneConfig) -> SimulatedJob:
       ValueError: If the engine has no tokenizer.
       DatasetError: If a row cannot be used.
     """
-    _require(engine.tokenizer is not None, "engine", "one with a tokenizer", None)
+    require(engine.tokenizer is not None, "engine", "one with a tokenizer", None)
     assert engine.tokenizer is not None
     context = Sizing.derive(engine.model, engine.config, jax.default_backend()).max_context_len
     rows = load_dataset(
@@ -312,7 +310,7 @@ def compare(
       ValueError: If the cases are of fewer than two seeds.
     """
     seeds = sorted({case.seed for case in cases})
-    _require(len(seeds) >= 2, "cases", "of at least two seeds", seeds)
+    require(len(seeds) >= 2, "cases", "of at least two seeds", seeds)
     others = {seed: [c for c in cases if c.seed != seed] for seed in seeds}
     hosts = {seed: recorded_host([c.steps for c in found]) for seed, found in others.items()}
     recorded = {seed: device_profile(engine, found) for seed, found in others.items()}

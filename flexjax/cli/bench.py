@@ -13,15 +13,12 @@ from rich.console import Console
 
 from flexjax.bench.checks import Check, attained_rates, check_burst, check_sweep
 from flexjax.bench.harness import header
+from flexjax.bench.loads import Burst, LoadSource, measure_capacity, measure_idle_itl_s
 from flexjax.bench.policies import (
     DEFAULT_POLICIES,
     DEFAULT_SHARES,
     TIER,
-    Burst,
-    LoadSource,
     SweepSettings,
-    measure_capacity,
-    measure_idle_itl_s,
     median_rows,
     run_burst,
     run_capped,

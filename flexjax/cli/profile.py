@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def sizes_of(config: EngineConfig, sizing: Sizing) -> dict[str, Any]:
 def read_profile(path: Path, measured: Measured, config: EngineConfig) -> LatencyProfile:
     """Reads a profile for an engine that is to run on this device.
 
+    One that was measured with another jax is warned of: its programs were other ones.
+
     Raises:
       FileNotFoundError: If there is no such file.
       ValueError: If it is not a profile, or one of another device, model or engine.
@@ -107,6 +110,14 @@ def read_profile(path: Path, measured: Measured, config: EngineConfig) -> Latenc
     match = profile.matches(device=device, model=measured.name, sizes=sizes_of(config, sizing))
     if not match:
         raise ValueError(f"`--profile` must fit the engine: {' '.join(match.reasons)}")
+    versions = header({}, 0)["versions"]
+    compilers = {name: versions[name] for name in ("jax", "jaxlib") if name in versions}
+    if others := profile.other_versions(compilers):
+        warnings.warn(
+            f"Measure `--profile` again: {' '.join(others)} Until steps have corrected them, "
+            "predictions may be off.",
+            stacklevel=2,
+        )
     return profile
 
 

@@ -1,7 +1,6 @@
 """The engine: requests and finetuning jobs in, tokens and adapters out.
 
-The only place that sees both the scheduler and the device. A step is planned, launched, and only
-then are the results of the step before it read, so that the host works while the device does.
+What callers see, and what belongs to their requests and adapters; `pipeline` runs the steps.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from flexjax.builtin_models import BUILTIN_MODELS
 from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
@@ -22,9 +20,10 @@ from flexjax.engine.job import Job, JobStatus
 from flexjax.engine.jobs import JobManager, check_rank
 from flexjax.engine.loop import EngineLoop
 from flexjax.engine.output import RequestOutput
+from flexjax.engine.pipeline import EngineStats, StepEvent, StepPipeline
 from flexjax.engine.profiling import Profiler
 from flexjax.engine.prompts import Prompt, encode_prompt, is_list, is_single
-from flexjax.engine.runner import Handle, Runner
+from flexjax.engine.runner import Runner
 from flexjax.engine.sizing import Sizing
 from flexjax.errors import (
     AdapterNotFoundError,
@@ -38,76 +37,14 @@ from flexjax.io.tokenizer import Tokenizer
 from flexjax.model_config import ModelConfig, load_model_config
 from flexjax.models.weights import DecoderWeights, random_weights
 from flexjax.request import GenerationOutput, GenerationRequest, StreamPiece, TokenLogprobs
+from flexjax.scheduler import sequence as scheduled
 from flexjax.scheduler.adapter_slots import AdapterInfo, AdapterSlots
-from flexjax.scheduler.features import StepFeatures
 from flexjax.scheduler.latency_model import LatencyModel
 from flexjax.scheduler.latency_profile import LatencyProfile
 from flexjax.scheduler.page_allocator import PageAllocator
-from flexjax.scheduler.plan import StepPlan
 from flexjax.scheduler.policy import CoServe, SharingPolicy, make_policy
 from flexjax.scheduler.scheduler import Scheduler
-from flexjax.scheduler.sequence import SequenceStatus
 from flexjax.slo import SLO, resolve_slo
-
-
-@dataclasses.dataclass
-class EngineStats:
-    """Counters since the engine started, and what is alive now.
-
-    Attributes:
-      steps: Launched steps.
-      mixed_steps: Of those, steps that held both inference and finetuning rows.
-      prompt_tokens: Prompt tokens computed, recomputation included.
-      generated_tokens: Tokens sampled and kept.
-      finetune_forward_tokens: Finetuning rows taken through the forward pass.
-      finetune_backward_tokens: Finetuning rows taken through the backward pass.
-      trained_tokens: Tokens of batches whose optimizer step has been read.
-      trained_target_tokens: Of those, tokens that bear loss.
-      num_running: Requests running now.
-      num_waiting: Requests waiting now.
-    """
-
-    steps: int = 0
-    mixed_steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finetune_forward_tokens: int = 0
-    finetune_backward_tokens: int = 0
-    trained_tokens: int = 0
-    trained_target_tokens: int = 0
-    num_running: int = 0
-    num_waiting: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepEvent:
-    """One step as the host saw it.
-
-    Attributes:
-      plan: What it held.
-      features: What its time depends on.
-      planned_s: Clock when planning began.
-      begin_s: Clock when the device could begin: launched, and the step before done.
-      end_s: Clock when the host saw that it was done.
-      predicted_ms: Expected milliseconds, before the step was measured.
-      budget_ms: The same as a high quantile, which is held against latency targets.
-      schedule_ms: Milliseconds that planning took.
-      host_ms: Milliseconds of the host's work in the iteration that launched the step: planning,
-        batch building, dispatch, and taking in the results of the step before, without waiting.
-      idle_ms: Milliseconds that the device may have waited for the host: 0 if the step before was
-        still running when this one was launched, else the time since the host began to plan it.
-    """
-
-    plan: StepPlan
-    features: StepFeatures
-    planned_s: float
-    begin_s: float
-    end_s: float
-    predicted_ms: float
-    budget_ms: float
-    schedule_ms: float
-    host_ms: float
-    idle_ms: float
 
 
 class Engine(EngineLoop):
@@ -116,9 +53,6 @@ class Engine(EngineLoop):
     Used as a context manager, a thread runs the loop; otherwise `step` runs one iteration, and
     calls that wait (`generate`, `stream`, `Job.wait`) drive it themselves. Methods may be called
     from any thread.
-
-    Attributes:
-      on_step: Called, if set, with each step once its results have been read; for benchmarks.
     """
 
     def __init__(
@@ -156,9 +90,7 @@ class Engine(EngineLoop):
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
-        self._stats = EngineStats()
         self.latency = _latency(profile, sizing)
-        self.on_step: Callable[[StepEvent], None] | None = None
         self._model_name = model_name
         self._runner = Runner(model, weights, config, sizing, progress=progress)
         self._scheduler = Scheduler(
@@ -178,8 +110,9 @@ class Engine(EngineLoop):
         self._jobs = JobManager(self, self._runner, self._scheduler, self._slots, tokenizer, config)
         self._outputs: dict[int, RequestOutput] = {}
         self._next_id = 0
-        self._in_flight: Handle | None = None
-        self._last_done_s = 0.0
+        self._pipeline = StepPipeline(
+            self._scheduler, self._runner, self._jobs, self.latency, self._take_token
+        )
         if profile is None:
             self.latency.fit(Profiler(self._runner).measure())
 
@@ -489,108 +422,29 @@ class Engine(EngineLoop):
     # The iteration.
 
     def _step(self) -> bool:
-        previous = self._in_flight
-        now_s = time.perf_counter()
-        plan = self._scheduler.schedule(now_s, self._expected_end_s())
-        planned_s = time.perf_counter()
-        handle = None
-        if not plan.is_empty:
-            was_done = previous is not None and previous.is_done
-            handle = self._runner.launch(plan)
-            launched_s = time.perf_counter()
-            handle.planned_s = now_s
-            handle.schedule_ms = 1e3 * (planned_s - now_s)
-            if previous is not None and previous.is_done:
-                handle.idle_ms = 1e3 * (launched_s - (now_s if was_done else planned_s))
-            self._jobs.note_launch(handle)
-            self._count(handle)
-            handle.host_ms = 1e3 * (time.perf_counter() - now_s)
-        self._in_flight = handle
-        if previous is not None:
-            took_ms = self._process(previous)
-            if handle is not None:
-                handle.host_ms += took_ms
-        return handle is not None or previous is not None
+        return self._pipeline.step()
 
-    def _expected_end_s(self) -> float | None:
-        """When the step on the device is expected to be done."""
-        handle = self._in_flight
-        if handle is None:
-            return None
-        began_s = max(handle.launched_s, self._last_done_s)
-        return began_s + self.latency.predict(handle.features) / 1e3
+    def _take_token(
+        self, sequence: scheduled.Sequence, token: int, logprob: TokenLogprobs | None, now_s: float
+    ) -> None:
+        output = self._outputs[sequence.request.request_id]
+        if output.push(token, logprob, now_s) is not None:
+            self._end_request(output)
 
-    def _count(self, handle: Handle) -> None:
-        stats, plan = self._stats, handle.plan
-        stats.steps += 1
-        has_inference = bool(plan.decode or plan.prefill)
-        stats.mixed_steps += has_inference and plan.num_finetune_rows > 0
-        stats.prompt_tokens += sum(chunk.length for chunk in plan.prefill)
-        stats.finetune_forward_tokens += sum(piece.length for piece in plan.forward)
-        stats.finetune_backward_tokens += plan.tile.length if plan.tile else 0
+    @property
+    def on_step(self) -> Callable[[StepEvent], None] | None:
+        """Called, if set, with each step once its results have been read; for benchmarks."""
+        return self._pipeline.on_step
 
-    def _process(self, handle: Handle) -> float:
-        """Reads a step's results; blocks until the device has them.
-
-        Returns:
-          Milliseconds of work, without the waiting.
-        """
-        handle.wait()
-        now_s = time.perf_counter()
-        begin_s = max(handle.launched_s, self._last_done_s)
-        if handle.bucket is not None:
-            if self.on_step is not None:
-                self._tell(handle, begin_s, now_s)
-            self.latency.observe(handle.features, 1e3 * (now_s - begin_s))
-        self._last_done_s = now_s
-        if handle.sampled is not None:
-            self._take_tokens(handle, now_s)
-        for step, _ in handle.optimizer_stats:
-            self._stats.trained_tokens += step.num_tokens
-            self._stats.trained_target_tokens += step.num_targets
-        self._jobs.take_results(handle, now_s)
-        return 1e3 * (time.perf_counter() - now_s)
-
-    def _tell(self, handle: Handle, begin_s: float, end_s: float) -> None:
-        assert self.on_step is not None
-        event = StepEvent(
-            plan=handle.plan,
-            features=handle.features,
-            planned_s=handle.planned_s,
-            begin_s=begin_s,
-            end_s=end_s,
-            predicted_ms=self.latency.predict(handle.features),
-            budget_ms=self.latency.predict_high(handle.features),
-            schedule_ms=handle.schedule_ms,
-            host_ms=handle.host_ms,
-            idle_ms=handle.idle_ms,
-        )
-        self.on_step(event)
-
-    def _take_tokens(self, handle: Handle, now_s: float) -> None:
-        assert handle.sampled is not None
-        tokens = np.asarray(handle.sampled.tokens).tolist()
-        samples = handle.plan.samples
-        logprobs = None
-        if any(s.request.params.logprobs is not None for s in samples):
-            logprobs = _read_logprobs(handle, tokens)
-        record_token, outputs = self._scheduler.record_token, self._outputs
-        for sequence, token, row in zip(samples, tokens, range(len(samples)), strict=False):
-            if sequence.status is SequenceStatus.FINISHED:
-                continue  # ended by the token before; this row was launched ahead of it
-            record_token(sequence, token, now_s)
-            self._stats.generated_tokens += 1
-            output = outputs[sequence.request.request_id]
-            wanted = sequence.request.params.logprobs
-            logprob = logprobs(row, wanted) if logprobs and wanted is not None else None
-            if output.push(token, logprob, now_s) is not None:
-                self._end_request(output)
+    @on_step.setter
+    def on_step(self, call: Callable[[StepEvent], None] | None) -> None:
+        self._pipeline.on_step = call
 
     def stats(self) -> EngineStats:
         """A copy of the counters."""
         with self.exclusive():
             return dataclasses.replace(
-                self._stats,
+                self._pipeline.stats,
                 num_running=len(self._scheduler.running),
                 num_waiting=len(self._scheduler.waiting),
             )
@@ -630,16 +484,3 @@ def _policy(config: EngineConfig) -> SharingPolicy:
     if config.policy == "co_serve":
         return CoServe(config.finetune_token_budget, config.step_time_budget_ms)
     return make_policy(config.policy, full_load=config.max_running)
-
-
-def _read_logprobs(handle: Handle, tokens: list[int]) -> Callable[[int, int], TokenLogprobs]:
-    """Reads a step's log probabilities; returns a lookup by row and number of alternatives."""
-    assert handle.sampled is not None
-    chosen, ids, values = (np.asarray(array) for array in handle.sampled[1:])
-
-    def lookup(row: int, count: int) -> TokenLogprobs:
-        pairs = zip(ids[row, :count], values[row, :count], strict=True)
-        top = tuple((int(i), float(v)) for i, v in pairs if i >= 0)
-        return TokenLogprobs(tokens[row], float(chosen[row]), top)
-
-    return lookup

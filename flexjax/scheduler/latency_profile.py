@@ -122,6 +122,21 @@ class LatencyProfile:
                 reasons.append(f"`{key}` is {ours!r} in the profile and {theirs!r} in the engine.")
         return ProfileMatch(tuple(reasons))
 
+    def other_versions(self, versions: Mapping[str, str]) -> tuple[str, ...]:
+        """Libraries that the profile was measured with in another version; one sentence each.
+
+        Another compiler makes other programs: predictions are off at first, until the steps that
+        run have corrected them.
+
+        Args:
+          versions: By name, of this process; names that only one side has are left out.
+        """
+        return tuple(
+            f"`versions.{name}` is {mine!r} in the profile and {versions[name]!r} here."
+            for name, mine in self.versions.items()
+            if versions.get(name, mine) != mine
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the profile as JSON; numbers keep every bit."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Int
+
+Ref = Any
+"""A Pallas reference to an array in the GPU's memory."""
 
 
 class PageList(NamedTuple):

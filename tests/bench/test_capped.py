@@ -8,7 +8,8 @@ import math
 import pytest
 from helpers import make_engine, tiny_config, tiny_weights
 
-from flexjax.bench.policies import LoadSource, SweepSettings, constant_lengths, run_capped
+from flexjax.bench.loads import LoadSource, constant_lengths
+from flexjax.bench.policies import SweepSettings, run_capped
 from flexjax.metrics import RequestRecord, RunRecord, all_gaps_s
 from flexjax.slo import SLO
 from flexjax.workload import Arrival

@@ -8,14 +8,16 @@ import pytest
 from helpers import make_engine, text_of, tiny_config, tiny_weights
 
 from flexjax.bench.checks import check_burst, check_sweep
-from flexjax.bench.policies import (
-    TIER,
+from flexjax.bench.loads import (
     Burst,
     LoadSource,
-    SweepSettings,
     constant_lengths,
     measure_capacity,
     measure_idle_itl_s,
+)
+from flexjax.bench.policies import (
+    TIER,
+    SweepSettings,
     median_rows,
     run_burst,
     run_sweep,

@@ -7,8 +7,8 @@ import pytest
 from helpers import make_engine, text_of, tiny_config, tiny_weights
 
 from flexjax.bench import sim_check
+from flexjax.bench.loads import LoadSource, constant_lengths
 from flexjax.bench.paced import paced
-from flexjax.bench.policies import LoadSource, constant_lengths
 from flexjax.bench.serving import run_workload
 from flexjax.bench.sim_check import (
     CheckSettings,

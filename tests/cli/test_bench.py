@@ -1,13 +1,17 @@
 """`flexjax bench` and `flexjax profile`, and the scripts that rest on them."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+from flexjax.cli.profile import find_measured, read_profile
+from flexjax.config import EngineConfig
 from flexjax.metrics import all_gaps_s, load_runs, percentile
 from flexjax.scheduler.latency_model import LatencyModel
 from flexjax.scheduler.latency_profile import LatencyProfile
@@ -112,6 +116,18 @@ def test_profile_measures_every_bucket_and_can_be_loaded(flexjax, model_dir, dat
     assert status == 2 and out == ""
     assert "`--profile` must fit the engine: `sizes.kernels` is None in the profile" in error
     assert profile.sizes["page_size"] == 16 and profile.sizes["ladder"]["chunk"] == [16]
+    older = dataclasses.replace(profile, versions={**profile.versions, "jaxlib": "0.0.1"})
+    older.save(tmp_path / "older.json")
+    measured = find_measured(str(model_dir))
+    config = EngineConfig(
+        max_context_len=64, max_running=2, max_lora_rank=2, decode_buckets=(2,),
+        chunk_buckets=(16,), window_buckets=(16,),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_profile(path, measured, config) == profile
+    with pytest.warns(UserWarning, match="`versions.jaxlib` is '0.0.1' in the profile and"):
+        assert read_profile(tmp_path / "older.json", measured, config) == older
     assert (
         LatencyModel.from_profile(profile).missing(s.features.bucket for s in profile.samples) == []
     )

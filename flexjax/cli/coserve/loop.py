@@ -7,9 +7,10 @@ import dataclasses
 import time
 
 from flexjax.cli.coserve.workload import PlannedRequest
-from flexjax.engine.engine import Engine, EngineStats
+from flexjax.engine.engine import Engine
 from flexjax.engine.job import ENDED, Job
 from flexjax.engine.output import RequestOutput
+from flexjax.engine.pipeline import EngineStats
 from flexjax.request import GenerationOutput
 
 _MAX_SLEEP_S = 0.005
