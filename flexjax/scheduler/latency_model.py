@@ -300,8 +300,7 @@ class LatencyModel:
         Raises:
           RuntimeError: If the model has not been fitted.
         """
-        if not self.is_ready:
-            raise RuntimeError("The latency model has no fit yet: measure buckets, or load one.")
+        _ = self.coefficients  # raises without a fit
         return math.exp(max(0.0, self._tail.value - self._high[True].value))
 
     def _fitted_ms(self, features: StepFeatures, state: _Bucket) -> float:
