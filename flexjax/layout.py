@@ -136,6 +136,7 @@ def unpack(packed, fields: dict[str, tuple[int, ...]]) -> dict:
     views, offset = {}, 0
     for name, shape in fields.items():
         size = math.prod(shape)
-        views[name] = packed[offset : offset + size].reshape(shape)
+        view = packed[offset : offset + size]
+        views[name] = view if len(shape) == 1 else view.reshape(shape)
         offset += size
     return views

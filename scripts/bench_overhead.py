@@ -86,6 +86,7 @@ class HostLoop:
             is_deterministic=False,
         )
         self._scheduler.add_run(self._training_run(model.num_layers))
+        self._max_running = num_running
         self._sampling = SampleTable(num_running)
         self._outputs: dict[int, RequestOutput] = {}
         self._draws = np.random.default_rng(0)
@@ -136,10 +137,10 @@ class HostLoop:
 
     def fill(self, limit: int = 5_000) -> None:
         """Runs until every slot is taken, or nothing is left that waits; not measured."""
-        wanted = self._scheduler.slot_pages.shape[0]
+        scheduler = self._scheduler
         for _ in range(limit):
             self.step()
-            if len(self._scheduler.running) >= wanted or not len(self._scheduler.waiting):
+            if len(scheduler.running) >= self._max_running or not len(scheduler.waiting):
                 break
         self.samples.clear()
 

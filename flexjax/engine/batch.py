@@ -30,13 +30,23 @@ def build_step(plan: StepPlan, bucket: Bucket, sizes: StepSizes, page_size: int)
     if bucket.chunk:
         _fill_chunks(plan, bucket, fields, page_size)
     if bucket.forward:
-        slots = np.unique(fields["adapter_slots"])
-        slots = slots[slots >= 0]
+        slots = _active_slots(plan, sizes.num_slots)
         fields["active_slots"][: len(slots)] = slots
         fields["num_active"][...] = len(slots)
     if plan.tile is not None:
         _fill_tile(plan.tile, fields, page_size)
     return packed
+
+
+def _active_slots(plan: StepPlan, num_slots: int) -> np.ndarray:
+    """Adapter slots of the forward rows, in order."""
+    is_active = np.zeros(num_slots + 1, bool)
+    is_active[plan.decode.adapter_slots] = True
+    for chunk in plan.prefill:
+        is_active[chunk.sequence.request.adapter_slot] = True
+    for piece in plan.forward:
+        is_active[piece.group.run.slot] = True
+    return is_active[:num_slots].nonzero()[0]  # the base model, -1, is the last
 
 
 def build_idle_step(bucket: Bucket, sizes: StepSizes) -> np.ndarray:
@@ -72,8 +82,8 @@ def build_full_step(
     if bucket.decode:
         fields["positions"][:] = context - 1
         fields["decode_pages"][:, : len(pages)] = pages
-        contexts = [context] * bucket.decode
-        return packed, {"decode_kv_tokens": decode_kv(contexts, bucket.decode, reads)}
+        positions = fields["positions"]
+        return packed, {"decode_kv_tokens": decode_kv(positions, bucket.decode, reads)}
     rows = min(bucket.chunk + bucket.window, context)
     positions = np.arange(context - rows, context)
     kind = "chunk" if bucket.chunk else "tile"
@@ -93,20 +103,20 @@ def build_full_step(
 
 
 def _fill_decode(plan: StepPlan, fields: dict[str, np.ndarray], page_size: int) -> None:
-    rows = len(plan.decode)
+    decode, rows = plan.decode, len(plan.decode)
     if not rows:
         return
     assert plan.slot_pages is not None
-    positions = np.array([row.position for row in plan.decode], np.int32)
-    slots = np.array([row.sequence.slot for row in plan.decode], np.int32)
-    is_fed = np.array([row.is_fed for row in plan.decode])
-    tokens = [0 if row.is_fed else row.sequence.tokens[row.position] for row in plan.decode]
+    positions, slots = decode.positions, decode.slots
     pages = plan.slot_pages[slots, positions // page_size]
-    fields["tokens"][:rows] = tokens
-    fields["feed_slots"][:rows] = np.where(is_fed, slots, -1)
+    tokens = fields["tokens"]
+    tokens[:rows] = 0
+    for row in np.flatnonzero(~decode.is_fed).tolist():
+        tokens[row] = decode.sequences[row].tokens[positions[row]]
+    fields["feed_slots"][:rows] = np.where(decode.is_fed, slots, -1)
     fields["positions"][:rows] = positions
     fields["kv_slots"][:rows] = pages * page_size + positions % page_size
-    fields["adapter_slots"][:rows] = [row.sequence.request.adapter_slot for row in plan.decode]
+    fields["adapter_slots"][:rows] = decode.adapter_slots
     fields["sample_slots"][:rows] = slots
     np.take(plan.slot_pages, slots, axis=0, out=fields["decode_pages"][:rows], mode="clip")
 
@@ -136,22 +146,29 @@ class _ChunkFiller:
         entries = slice(self._entry, self._entry + count)
         self._fields["chunk_pages"][entries] = pages[:count]
         self._fields["chunk_page_segments"][entries] = self._segment
-        self._fields["chunk_page_starts"][entries] = np.arange(count) * self._page_size
+        self._fields["chunk_page_starts"][entries] = _page_starts(count, self._page_size)
         self._entry += count
-        self._fields["num_chunk_pages"][...] = self._entry
         self._segment += 1
         return self._segment - 1
+
+    def end(self) -> None:
+        """Writes how many pages were listed."""
+        self._fields["num_chunk_pages"][...] = self._entry
+
+
+def _page_starts(count: int, page_size: int) -> np.ndarray:
+    return np.arange(0, count * page_size, page_size)
 
 
 def _fill_chunks(
     plan: StepPlan, bucket: Bucket, fields: dict[str, np.ndarray], page_size: int
 ) -> None:
     filler = _ChunkFiller(fields, bucket.decode, page_size)
-    fields["num_chunk_pages"][...] = 0
     for chunk in plan.prefill:
         _fill_prefill(chunk, fields, filler, page_size)
     for piece in plan.forward:
         _fill_forward(piece, fields, filler)
+    filler.end()
 
 
 def _fill_prefill(
@@ -178,17 +195,20 @@ def _fill_forward(piece: ForwardPiece, fields: dict[str, np.ndarray], filler: _C
     fields["kv_slots"][rows] = group.kv_slots[part]
     fields["adapter_slots"][rows] = group.run.slot
     fields["chunk_arena_slots"][chunk_rows] = group.arena_slots[part]
-    local = group.segment_of_row[part]
-    for index, end in _segments(group, part):
-        segment = filler.pages(group.kv_pages[index], end)
-        fields["chunk_segments"][chunk_rows][local == index] = segment
+    segments = _segments(group, part)
+    numbers = [filler.pages(group.kv_pages[index], end) for index, end in segments]
+    # Segments of the group and of the step are both numbered in order.
+    shift = numbers[0] - segments[0][0]
+    fields["chunk_segments"][chunk_rows] = group.segment_of_row[part] + shift
 
 
 def _segments(group: Group, part: slice) -> list[tuple[int, int]]:
     """Sequences that have rows in a part of the stream, with the end of those rows in each."""
     first, last = group.segment_of_row[part.start], group.segment_of_row[part.stop - 1]
-    ends = np.minimum(group.offsets[1:], part.stop) - group.offsets[:-1]
-    return [(index, int(ends[index])) for index in range(first, last + 1)]
+    bounds = group.offsets[first : last + 2].tolist()
+    bounds[-1] = min(bounds[-1], part.stop)
+    spans = zip(bounds, bounds[1:], strict=False)
+    return [(index, end - start) for index, (start, end) in enumerate(spans, start=int(first))]
 
 
 def _fill_tile(tile: BackwardTile, fields: dict[str, np.ndarray], page_size: int) -> None:
@@ -203,7 +223,7 @@ def _fill_tile(tile: BackwardTile, fields: dict[str, np.ndarray], page_size: int
         fields["tile_pages"][entries] = group.kv_pages[index][:count]
         fields["tile_acc_pages"][entries] = group.arena_pages[index][:count]
         fields["tile_page_segments"][entries] = index
-        fields["tile_page_starts"][entries] = np.arange(count) * page_size
+        fields["tile_page_starts"][entries] = _page_starts(count, page_size)
         entry += count
     fields["num_tile_pages"][...] = entry
     fields["tile_top"][...] = tile.top
@@ -232,16 +252,16 @@ class SampleTable:
         packed, fields = new_batch(sample_fields(rows))
         floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
         floats[1] = 1.0
-        owners, slots = self._owners, [sequence.slot for sequence in sequences]
-        for slot, sequence in zip(slots, sequences, strict=True):
-            if owners[slot] is not sequence:
-                self._fill(slot, sequence)
-        count = len(sequences)
-        fields["slots"][:count] = slots
-        fields["output_index"][:count] = [s.num_sampled - 1 for s in sequences]
+        owners, count = self._owners, len(sequences)
+        for sequence in sequences:
+            if owners[sequence.slot] is not sequence:
+                self._fill(sequence.slot, sequence)
+        slots = fields["slots"][:count]
+        slots[:] = [sequence.slot for sequence in sequences]
+        fields["output_index"][:count] = [s.num_tokens - s.prompt_len - 1 for s in sequences]
         for row, name in enumerate(("top_k", "seeds", "wants")):
             fields[name][:count] = self._integers[row, slots]
-        floats[:, :count] = self._floats[:, slots]
+        np.take(self._floats, slots, axis=1, out=floats[:, :count], mode="clip")
         return packed, floats
 
     def _fill(self, slot: int, sequence: Sequence) -> None:

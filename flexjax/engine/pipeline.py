@@ -194,19 +194,19 @@ class StepPipeline:
     def _take_tokens(self, handle: Handle, now_s: float) -> None:
         assert handle.sampled is not None
         tokens = np.asarray(handle.sampled.tokens).tolist()
-        samples = handle.plan.samples
-        logprobs = None
-        if any(s.request.params.logprobs is not None for s in samples):
-            logprobs = _read_logprobs(handle, tokens)
-        record_token = self._scheduler.record_token
-        for sequence, token, row in zip(samples, tokens, range(len(samples)), strict=False):
+        samples, record_token = handle.plan.samples, self._scheduler.record_token
+        logprobs, count = None, 0
+        for row, (sequence, token) in enumerate(zip(samples, tokens, strict=False)):
             if sequence.status is SequenceStatus.FINISHED:
                 continue  # ended by the token before; this row was launched ahead of it
             record_token(sequence, token, now_s)
-            self.stats.generated_tokens += 1
-            wanted = sequence.request.params.logprobs
-            logprob = logprobs(row, wanted) if logprobs and wanted is not None else None
+            count += 1
+            wanted, logprob = sequence.request.params.logprobs, None
+            if wanted is not None:
+                logprobs = logprobs or _read_logprobs(handle, tokens)
+                logprob = logprobs(row, wanted)
             self._take_token(sequence, token, logprob, now_s)
+        self.stats.generated_tokens += count
 
 
 def _read_logprobs(handle: Handle, tokens: list[int]) -> Callable[[int, int], TokenLogprobs]:

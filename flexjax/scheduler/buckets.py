@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 
 from flexjax.config import EngineConfig
 from flexjax.layout import Bucket
 from flexjax.scheduler.kv_reads import TiledReads
+
+_bucket = functools.cache(Bucket)
+"""Makes a bucket, or takes one that was made: steps have few, and ask for each of them often."""
 
 
 def _at_least(sizes: tuple[int, ...], rows: int) -> int:
@@ -88,7 +92,7 @@ class BucketLadder:
         window = _at_least(self.window, window_rows)
         layers = (tile_layers or self.tile_layers) if window else 0
         decode, chunk = _at_least(self.decode, decode_rows), _at_least(self.chunk, chunk_rows)
-        return Bucket(decode, chunk, window, layers)
+        return _bucket(decode, chunk, window, layers)
 
     def padded_decode(self, rows: int) -> int:
         """Rows of the smallest decode bucket, or sampling head, that holds `rows`."""

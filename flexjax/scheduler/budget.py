@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.features import StepFeatures
@@ -102,6 +103,20 @@ class Load:
             loss_rows=bucket.window if has_loss else 0,
         )
 
+    def finetuning(self) -> Load:
+        """A load that holds nothing, and has the same finetuning to offer."""
+        return Load(
+            forward_rows=self.forward_rows,
+            forward_kv_tokens=self.forward_kv_tokens,
+            forward_groups=self.forward_groups,
+            tile_rows=self.tile_rows,
+            tile_kv_tokens=self.tile_kv_tokens,
+            tile_group=self.tile_group,
+            tile_end=self.tile_end,
+            tile_layers=self.tile_layers,
+            has_loss=self.has_loss,
+        )
+
     def _chunk_pieces(self, forward_rows: int) -> list[SequenceRows | GroupRows]:
         """The prefill rows, and as many forward rows."""
         pieces: list[SequenceRows | GroupRows] = list(self.prefill)
@@ -118,8 +133,7 @@ class Load:
         return [GroupRows(self.tile_group, self.tile_end - tile_rows, tile_rows)]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FinetuneBudget:
+class FinetuneBudget(NamedTuple):
     """Rows that finetuning may take in one iteration.
 
     Attributes:
@@ -136,8 +150,7 @@ class FinetuneBudget:
         return self.forward_rows + self.backward_rows
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class MixChoice:
+class MixChoice(NamedTuple):
     """What finetuning gets of a step.
 
     Attributes:
@@ -221,8 +234,7 @@ class _Scale:
         return mix.forward_rows * self.values[0] + mix.backward_rows * self.values[1]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Weighed:
+class _Weighed(NamedTuple):
     choice: MixChoice
     worth: float
     added_ms: float
@@ -251,10 +263,7 @@ def _fitting(scale: _Scale, tiles: list[int], forwards: list[int]) -> list[_Weig
 
 def _fitting_alone(scale: _Scale, tile: int, most_forward: int) -> list[_Weighed]:
     """Large mixes for a step of their own, before one with what this one would have held."""
-    load, ladder, latency = scale.load, scale.ladder, scale.latency
-    alone = dataclasses.replace(
-        load, decode_rows=0, prefill_rows=0, decode_kv_tokens=0, sample_rows=0
-    )
+    alone, ladder, latency = scale.load.finetuning(), scale.ladder, scale.latency
     found: list[_Weighed] = []
     for forward in {0, most_forward}:
         mix = FinetuneBudget(forward, tile)
@@ -285,13 +294,37 @@ def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> MixChoice:
 
 def _row_values(load: Load, ladder: BucketLadder, latency: StepPredictor) -> tuple[float, float]:
     """Milliseconds of a forward row and of a backward row, alone in the largest buckets."""
-    rows = ladder.max_chunk
-    forward = latency.predict(Load().features(ladder, rows, 0)) / rows
+    forward = prefill_row_ms(ladder, latency)
     if not load.tile_rows:
         return forward, 0.0
-    rows = ladder.max_window
-    alone = Load(tile_layers=load.tile_layers, has_loss=load.has_loss)
-    return forward, latency.predict(alone.features(ladder, 0, rows)) / rows
+    features = _full_tile(ladder, load.tile_layers, load.has_loss)
+    return forward, latency.predict(features) / ladder.max_window
+
+
+def decode_ms(rows: int, ladder: BucketLadder, latency: StepPredictor) -> float:
+    """Expected milliseconds of a step that only decodes."""
+    return latency.predict(_decode_only(rows, ladder)) if rows else 0.0
+
+
+def prefill_row_ms(ladder: BucketLadder, latency: StepPredictor) -> float:
+    """Expected milliseconds of a row in a full chunk, alone."""
+    return latency.predict(_full_chunk(ladder)) / ladder.max_chunk
+
+
+@functools.cache
+def _decode_only(rows: int, ladder: BucketLadder) -> StepFeatures:
+    return Load(decode_rows=rows, sample_rows=rows).features(ladder, 0, 0)
+
+
+@functools.cache
+def _full_chunk(ladder: BucketLadder) -> StepFeatures:
+    return Load().features(ladder, ladder.max_chunk, 0)
+
+
+@functools.cache
+def _full_tile(ladder: BucketLadder, tile_layers: int | None, has_loss: bool) -> StepFeatures:
+    alone = Load(tile_layers=tile_layers, has_loss=has_loss)
+    return alone.features(ladder, 0, ladder.max_window)
 
 
 def _within_rows(mix: FinetuneBudget, max_rows: int) -> FinetuneBudget:

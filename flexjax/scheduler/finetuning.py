@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from flexjax.layout import StepSizes
 from flexjax.optim.schedule import learning_rate
 from flexjax.scheduler.buckets import BucketLadder
@@ -152,13 +154,13 @@ class FinetunePlanner:
         return discarded
 
     def _place(self, group: Group, reserve: int) -> bool:
-        lengths = [len(s) for s in group.sequences]
-        needed = sum(self._pages.pages_for(n) for n in lengths)
+        counts = [self._pages.pages_for(len(s)) for s in group.sequences]
+        needed = sum(counts)
         is_short = self._pages.num_free < needed + reserve or self._arena.num_free < needed
         if is_short:
             return False
-        kv = [self._pages.allocate(self._pages.pages_for(n)) for n in lengths]
-        arena = [self._arena.allocate(self._arena.pages_for(n)) for n in lengths]
+        kv = [self._pages.allocate(count) for count in counts]
+        arena = [self._arena.allocate(count) for count in counts]
         group.place(kv, arena, self._pages.page_size)  # type: ignore[arg-type]
         return True
 
@@ -185,8 +187,8 @@ class FinetunePlanner:
             self._plan_eval(plan, run)
         # Only now: the step still reads what it frees, so nothing of this plan may write there.
         for group in self._ended:
-            self._pages.free(page for pages in group.kv_pages for page in pages)
-            self._arena.free(page for pages in group.arena_pages for page in pages)
+            self._pages.free(itertools.chain(*group.kv_pages))
+            self._arena.free(itertools.chain(*group.arena_pages))
         self._ended = []
 
     def _serve(self, run: TrainingRun, rows: int) -> None:

@@ -8,7 +8,7 @@ follows that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -108,17 +108,19 @@ def causal_pairs(start: int, length: int) -> int:
     return length * start + length * (length + 1) // 2
 
 
-def decode_kv(contexts: Sequence[int], padded_rows: int, reads: TiledReads | None) -> int:
+def decode_kv(positions: np.ndarray, padded_rows: int, reads: TiledReads | None) -> int:
     """Context tokens that decode rows read, summed over rows.
 
     Args:
-      contexts: Tokens that each row sees.
+      positions: Of the rows' tokens.
       padded_rows: Rows of the bucket.
       reads: As `BucketLadder.reads`.
     """
-    if reads is None or not contexts:
-        return sum(contexts)
-    return padded_rows * reads.decode_keys(max(contexts))
+    if not len(positions):
+        return 0
+    if reads is None:
+        return int(positions.sum()) + len(positions)
+    return padded_rows * reads.decode_keys(int(positions.max()) + 1)
 
 
 def tiled_pairs(plan: StepPlan, bucket: Bucket, reads: TiledReads) -> tuple[int, int]:

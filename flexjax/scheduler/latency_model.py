@@ -194,6 +194,8 @@ class LatencyModel:
             raise ValueError(f"`quantile` must be above 0 and below 1; got {quantile!r}.")
         self._quantile = quantile
         self._coefficients: LatencyCoefficients | None = None
+        self._asked: StepFeatures | None = None
+        self._answer = 0.0, 0.0
         self.reset_errors()
 
     @classmethod
@@ -220,6 +222,7 @@ class LatencyModel:
         self._step = 0
         self._high = [_HighQuantile(self._quantile, coefficients.noise) for _ in range(2)]
         self._tail = _Tail(coefficients.noise)
+        self._asked = None
 
     def forget(self) -> None:
         """Goes back to the fit: corrections and errors are forgotten.
@@ -279,8 +282,8 @@ class LatencyModel:
         Raises:
           RuntimeError: If the model has not been fitted, or the bucket is `missing`.
         """
-        state = self._bucket(features.bucket)
-        return self._fitted_ms(features, state) * math.exp(self._correction(features, state))
+        fitted_ms, log_factor = self._expected(features)
+        return fitted_ms * math.exp(log_factor)
 
     def predict_high(self, features: StepFeatures) -> float:
         """Milliseconds that the given share of steps stays within, for budgets.
@@ -288,9 +291,8 @@ class LatencyModel:
         Raises:
           RuntimeError: If the model has not been fitted, or the bucket is `missing`.
         """
-        state = self._bucket(features.bucket)
-        log_factor = self._correction(features, state) + self._high[features.has_finetuning].value
-        return self._fitted_ms(features, state) * math.exp(log_factor)
+        fitted_ms, log_factor = self._expected(features)
+        return fitted_ms * math.exp(log_factor + self._high[features.has_finetuning].value)
 
     def tail_factor(self) -> float:
         """Factor above `predict_high` within which 99 % of mixed steps stay; at least 1.
@@ -302,6 +304,14 @@ class LatencyModel:
         """
         _ = self.coefficients  # raises without a fit
         return math.exp(max(0.0, self._tail.value - self._high[True].value))
+
+    def _expected(self, features: StepFeatures) -> tuple[float, float]:
+        """Fitted milliseconds and their correction (natural log)."""
+        if features is not self._asked:  # the median and the quantile are asked for in turns
+            state = self._bucket(features.bucket)
+            self._answer = self._fitted_ms(features, state), self._correction(features, state)
+            self._asked = features
+        return self._answer
 
     def _fitted_ms(self, features: StepFeatures, state: _Bucket) -> float:
         decode, chunk, tile, sample_call, sample_row, loss_call, loss_row, optimizer = self._extra
@@ -337,6 +347,7 @@ class LatencyModel:
         """
         if not (math.isfinite(ms) and ms > 0):
             raise ValueError(f"`ms` must be a finite number above 0; got {ms!r}.")
+        self._asked = None
         state = self._bucket(features.bucket)
         log_ratio = math.log(ms / self._fitted_ms(features, state))
         gap = log_ratio - self._correction(features, state)

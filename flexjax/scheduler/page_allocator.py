@@ -31,15 +31,21 @@ class PageAllocator:
         """Hands out `count` pages, or None if there are fewer."""
         if count > len(self._free):
             return None
-        pages = [self._free.pop() for _ in range(count)]
+        first = len(self._free) - count
+        pages = self._free[first:]
+        pages.reverse()  # the page that was freed last comes first
+        del self._free[first:]
         self._used.update(pages)
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
         """Takes pages back."""
-        for page in pages:
-            self._used.remove(page)
-            self._free.append(page)
+        pages = list(pages)
+        num_left = len(self._used) - len(pages)
+        self._used.difference_update(pages)
+        if len(self._used) != num_left:
+            raise KeyError(f"`pages` must be owned, and given once; got {pages}.")
+        self._free += pages
 
     def check_integrity(self) -> None:
         """Asserts that every page is either free or owned, once."""

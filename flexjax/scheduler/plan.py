@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 from typing import NamedTuple
 
@@ -23,6 +24,57 @@ class DecodeRow(NamedTuple):
     sequence: Sequence
     position: int
     is_fed: bool
+
+
+class DecodeRows(collections.abc.Sequence[DecodeRow]):
+    """The decode rows of a step, as arrays.
+
+    Attributes:
+      sequences: Whose rows.
+      slots: Slots of the sequences.
+      positions: Positions of the rows' tokens.
+      is_fed: Whether the token is still on the device.
+      adapter_slots: Slots of the adapters, -1 for the base model.
+    """
+
+    __slots__ = ("sequences", "slots", "positions", "is_fed", "adapter_slots")
+
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        slots: np.ndarray,
+        positions: np.ndarray,
+        is_fed: np.ndarray,
+        adapter_slots: np.ndarray,
+    ):
+        self.sequences, self.slots, self.positions = sequences, slots, positions
+        self.is_fed, self.adapter_slots = is_fed, adapter_slots
+
+    @classmethod
+    def of(cls, rows: collections.abc.Iterable[DecodeRow]) -> DecodeRows:
+        """Makes arrays of rows that are given one by one."""
+        rows = list(rows)
+        sequences = [row.sequence for row in rows]
+        return cls(
+            sequences,
+            np.array([sequence.slot for sequence in sequences], np.int64),
+            np.array([row.position for row in rows], np.int64),
+            np.array([row.is_fed for row in rows], bool),
+            np.array([sequence.request.adapter_slot for sequence in sequences], np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position, is_fed = int(self.positions[index]), bool(self.is_fed[index])
+        return DecodeRow(self.sequences[index], position, is_fed)
+
+
+NO_ROWS = DecodeRows.of(())
+"""Of a step that decodes nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +186,7 @@ class StepPlan:
         The scheduler's own; valid until it plans again.
     """
 
-    decode: list[DecodeRow] = dataclasses.field(default_factory=list)
+    decode: DecodeRows = NO_ROWS
     prefill: list[PrefillChunk] = dataclasses.field(default_factory=list)
     forward: list[ForwardPiece] = dataclasses.field(default_factory=list)
     losses: list[LossWindow] = dataclasses.field(default_factory=list)

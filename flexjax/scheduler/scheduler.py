@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-
-import numpy as np
 
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
@@ -24,13 +21,16 @@ from flexjax.scheduler.budget import (
     StepPredictor,
     choose_mix,
     chunk_limit,
+    decode_ms,
+    prefill_row_ms,
     weigh_mixes,
 )
 from flexjax.scheduler.finetuning import FinetunePlanner
 from flexjax.scheduler.kv_reads import SequenceRows, causal_pairs, decode_kv
 from flexjax.scheduler.page_allocator import PageAllocator
-from flexjax.scheduler.plan import DecodeRow, PrefillChunk, StepPlan
+from flexjax.scheduler.plan import DecodeRows, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
+from flexjax.scheduler.running import RunningRequests
 from flexjax.scheduler.sequence import Sequence, SequenceStatus
 from flexjax.scheduler.survey import first_token_is_urgent, survey
 from flexjax.scheduler.training import TrainingRun
@@ -51,9 +51,7 @@ class Scheduler:
       pages: KV pages.
       latency: Predicts how long steps take.
       waiting: Requests without pages.
-      running: Requests with pages, in order of admission.
       finetuning: Jobs.
-      slot_pages: KV pages of each running request by its slot, -1 padding, int32 [max_running, M].
     """
 
     def __init__(
@@ -76,8 +74,6 @@ class Scheduler:
         self.latency = latency
         self.policy = policy
         self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []
-        self.slot_pages = np.full((max_running, sizes.pages_per_seq), -1, np.int32)
         self.finetuning = FinetunePlanner(
             ladder=ladder,
             sizes=sizes,
@@ -88,16 +84,14 @@ class Scheduler:
             is_deterministic=is_deterministic,
         )
         self._sizes = sizes
-        self._max_running = max_running
         self._max_context_len = max_context_len
         self._is_deterministic = is_deterministic
-        self._free_slots = list(range(max_running - 1, -1, -1))
+        self._running = RunningRequests(max_running, sizes.pages_per_seq, pages.page_size)
         self._was_inference = False
         self._is_blocked = False
         self._num_waits = 0
         self._weighed: tuple[int, FinetuneBudget] | None = None
-        self._prefilling: list[Sequence] = []
-        self._decoding: list[Sequence] = []
+        self._survey = survey(self._running, 0.0, 0.0)
 
     # Requests and jobs.
 
@@ -111,8 +105,7 @@ class Scheduler:
         """Ends a request, in whatever state it is, and frees what it owned."""
         status, sequence.status = sequence.status, SequenceStatus.FINISHED
         if status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            self._release(sequence)
+            self.pages.free(self._running.remove(sequence))
         elif status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
         if status is not SequenceStatus.FINISHED:
@@ -127,9 +120,14 @@ class Scheduler:
         self.finetuning.remove(run)
 
     @property
+    def running(self) -> list[Sequence]:
+        """Requests with pages, in order of admission."""
+        return self._running.sequences
+
+    @property
     def has_requests(self) -> bool:
         """Whether any request is alive."""
-        return bool(self.running) or len(self.waiting) > 0
+        return len(self._running) > 0 or len(self.waiting) > 0
 
     # The iteration.
 
@@ -153,7 +151,7 @@ class Scheduler:
         return plan
 
     def _plan(self, turn: Turn, now_s: float) -> StepPlan:
-        plan = StepPlan(slot_pages=self.slot_pages)
+        plan = StepPlan(slot_pages=self._running.pages)
         can_alternate = self._is_deterministic and turn.finetuning and self.finetuning.has_work
         if can_alternate and self._was_inference:
             self._was_inference = False
@@ -188,16 +186,15 @@ class Scheduler:
           Whether the plan has rows now.
         """
         self._weighed = None
-        can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and self._decoding
+        can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and self._survey.decoding
         is_shared = turn.inference and turn.finetuning and self.finetuning.runs
         if self._is_deterministic or not (can_wait and is_shared):
             return False
-        if self._prefilling or len(self.waiting):
+        if self._survey.prefilling or len(self.waiting):
             return False
-        rows, read = len(self._decoding), [len(s.tokens) + s.in_flight for s in self._decoding]
-        padded = self.ladder.padded_decode(rows)
+        rows = len(self._survey.decoding)
         load = Load(decode_rows=rows, sample_rows=rows)
-        load.decode_kv_tokens = decode_kv(read, padded, self.ladder.reads)
+        load.decode_kv_tokens = self._decode_kv_tokens(self._survey.decoding)
         self.finetuning.offer(load)
         choice = weigh_mixes(load, turn, self.ladder, self.latency, can_be_alone=True)
         if not choice.is_alone:
@@ -210,16 +207,16 @@ class Scheduler:
 
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
-        pace_ms = self._pace_ms(len(self.running))
-        itl_share = 1.0 / self.latency.tail_factor() if self.running else 1.0
-        found = survey(self.running, begin_s, pace_ms / 1e3, itl_share)
-        self._prefilling, self._decoding = found.prefilling, found.decoding
+        num_running = len(self._running)
+        pace_ms = decode_ms(num_running, self.ladder, self.latency)
+        itl_share = 1.0 / self.latency.tail_factor() if num_running else 1.0
+        found = self._survey = survey(self._running, begin_s, pace_ms / 1e3, itl_share)
         is_urgent = first_token_is_urgent(
             found.prefilling,
             self.waiting,
             begin_s,
             pace_ms=pace_ms,
-            row_ms=self._prefill_row_ms,
+            row_ms=lambda: prefill_row_ms(self.ladder, self.latency),
             is_blocked=self._is_blocked,
         )
         return StepView(
@@ -227,95 +224,68 @@ class Scheduler:
             reach_ms=found.reach_ms,
             mean_ms=found.mean_ms,
             is_urgent=is_urgent,
-            num_running=len(self.running),
+            num_running=num_running,
             num_waiting=len(self.waiting),
             has_finetuning=self.finetuning.has_work,
             finished_groups=self.finetuning.finished_groups,
         )
 
-    def _pace_ms(self, decode_rows: int) -> float:
-        """Expected milliseconds of a step that only decodes."""
-        if not decode_rows:
-            return 0.0
-        load = Load(decode_rows=decode_rows, sample_rows=decode_rows)
-        return self.latency.predict(load.features(self.ladder, 0, 0))
-
-    def _prefill_row_ms(self) -> float:
-        """Expected milliseconds of a prefill row in a full chunk."""
-        rows = self.ladder.max_chunk
-        return self.latency.predict(Load().features(self.ladder, rows, 0)) / rows
+    def _decode_kv_tokens(self, rows: DecodeRows) -> int:
+        padded = self.ladder.padded_decode(len(rows))
+        return decode_kv(rows.positions, padded, self.ladder.reads)
 
     def _plan_decode(self, plan: StepPlan, load: Load) -> None:
-        decode, samples, page_size = plan.decode, plan.samples, self.pages.page_size
-        contexts: list[int] = []
-        for sequence in self._decoding:
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted for an older one
-            num_tokens = len(sequence.tokens) + sequence.in_flight
-            if len(sequence.pages) * page_size < num_tokens and not self._grow(
-                sequence, num_tokens
-            ):
-                continue
-            decode.append(DecodeRow(sequence, num_tokens - 1, sequence.in_flight > 0))
-            samples.append(sequence)
-            sequence.num_computed = num_tokens
-            sequence.in_flight += 1
-            sequence.tenant.served += _OUTPUT_WEIGHT
-            contexts.append(num_tokens)
-        load.decode_rows = len(decode)
-        padded = self.ladder.padded_decode(len(decode))
-        load.decode_kv_tokens = decode_kv(contexts, padded, self.ladder.reads)
-        plan.decode_kv_tokens = load.decode_kv_tokens
+        if not self._survey.decoding:
+            return
+        rows = self._give_pages(self._survey.decoding)
+        self._running.take_rows(rows)
+        self.waiting.note_served(rows.adapter_slots, _OUTPUT_WEIGHT)
+        plan.decode = rows
+        plan.samples += rows.sequences
+        load.decode_rows = len(rows)
+        load.decode_kv_tokens = plan.decode_kv_tokens = self._decode_kv_tokens(rows)
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Gives a running sequence pages for `num_tokens`; False if it was preempted instead."""
-        missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
-        while missing > 0:
-            pages = self.pages.allocate(missing)
+    def _give_pages(self, rows: DecodeRows) -> DecodeRows:
+        """Gives rows the pages that they lack; returns those that were not preempted for that."""
+        short = self._running.short_of_pages(rows)
+        pages = self.pages.allocate(len(short))  # a row is one token: no request lacks two
+        if pages is not None:
+            self._running.grow_rows(rows, short, pages)
+            return rows
+        for index in short.tolist():
+            self._grow(rows.sequences[index])
+        return self._running.decode_rows()
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Gives a sequence a page, unless it is preempted: now, or before for an older one."""
+        while sequence.status is SequenceStatus.RUNNING:
+            pages = self.pages.allocate(1)
             if pages is not None:
-                self._own(sequence, pages)
-                return True
-            if self.finetuning.evict():
-                continue
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
-
-    def _own(self, sequence: Sequence, pages: Iterable[int]) -> None:
-        count = len(sequence.pages)
-        sequence.pages.extend(pages)
-        self.slot_pages[sequence.slot, count : len(sequence.pages)] = sequence.pages[count:]
+                self._running.grow(sequence, pages)
+                return
+            if not self.finetuning.evict():
+                self._preempt(self.running[-1])
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's pages; it will be recomputed from its tokens."""
-        self.running.remove(sequence)
-        self._release(sequence)
+        self.pages.free(self._running.remove(sequence))
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
         self.waiting.put_back(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        self.pages.free(sequence.pages)
-        sequence.pages = []
-        # The step on the device has its own copy of the pages.
-        self.slot_pages[sequence.slot] = -1
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
-
     def _chunk_limit(self, load: Load, turn: Turn) -> int:
         """Prefill rows that the step may hold."""
-        if not self._prefilling and not len(self.waiting):
+        prefilling = self._survey.prefilling
+        if not prefilling and not len(self.waiting):
             return 0
-        if turn.max_ms < math.inf and self._prefilling:
-            computed = [s.num_computed for s in self._prefilling]
+        if turn.max_ms < math.inf and prefilling:
+            computed = [s.num_computed for s in prefilling]
             load.forward_kv_tokens = float(max(computed))
         return chunk_limit(load, turn, self.ladder, self.latency)
 
     def _plan_prefill(self, plan: StepPlan, load: Load, limit: int) -> None:
-        for sequence in self._prefilling:
+        for sequence in self._survey.prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # not preempted by a decode row's need
                 self._add_chunk(plan, load, sequence, limit)
 
@@ -327,16 +297,14 @@ class Scheduler:
         end = start + length
         if length <= 0 or entries + self.pages.pages_for(end) > self._sizes.chunk_pages:
             return
-        is_last = end == sequence.num_tokens
+        is_last = self._running.take_chunk(sequence, length)
         plan.prefill.append(PrefillChunk(sequence, start, length, is_last))
         if start == 0 and sequence.request.params.has_penalties:
             plan.resets.append(sequence)
         load.prefill_kv_pairs += causal_pairs(start, length)
-        sequence.num_computed = end
         sequence.tenant.served += length
         if is_last:
             plan.samples.append(sequence)
-            sequence.in_flight += 1
 
     def _admit(self, plan: StepPlan, load: Load, limit: int, now_s: float) -> None:
         """Starts waiting requests in the queue's order, while memory covers them."""
@@ -347,65 +315,68 @@ class Scheduler:
             if sequence.in_flight:  # preempted; its newest token has not been read yet
                 return
             needed = self.pages.pages_for(sequence.num_tokens + 1)
-            reserve = len(self.running)  # a page of growth for each that runs
-            if self._free_slots:
+            reserve = len(self._running)  # a page of growth for each that runs
+            has_slot = self._running.has_free_slot
+            if has_slot:
                 while self.pages.num_free < needed + reserve and self.finetuning.evict():
                     pass
-            if not self._free_slots or self.pages.num_free < needed + reserve:
+            if not has_slot or self.pages.num_free < needed + reserve:
                 self._is_blocked = True
                 return
             pages = self.pages.allocate(needed)
             assert pages is not None
-            self.waiting.pop()
-            sequence.slot = self._free_slots.pop()
-            self._own(sequence, pages)
-            sequence.status = SequenceStatus.RUNNING
+            self.waiting.take(sequence)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now_s
-            self.running.append(sequence)
+            self._running.add(sequence, pages)
             self._add_chunk(plan, load, sequence, limit)
 
     def _plan_finetuning(self, plan: StepPlan, load: Load, turn: Turn) -> None:
         if not self.finetuning.runs:
             return
-        reserve = len(self.running)
+        reserve = len(self._running)
         head = self.waiting.head()
         if head is not None:
             reserve += self.pages.pages_for(head.num_tokens + 1)
+        is_patient = self._num_waits < _PATIENCE_STEPS
+        weighed = self._weighed if is_patient and not plan.prefill else None
+        if weighed is not None and weighed[0] == load.decode_rows:
+            budget = weighed[1]  # of the same load, a moment ago
+        else:
+            budget = self._choose_mix(plan, load, turn, is_patient)
+        self._num_waits = 0 if budget.rows else self._num_waits + 1
+        self.finetuning.plan(plan, budget, reserve)
+
+    def _choose_mix(
+        self, plan: StepPlan, load: Load, turn: Turn, is_patient: bool
+    ) -> FinetuneBudget:
         self.finetuning.offer(load)
+        max_ms, reach_ms = turn.max_ms, turn.reach_ms if is_patient else None
         if turn.reach_ms is not None and plan.prefill and not plan.decode:
             # Nobody has a token due yet, but somebody waits for the first.
             longest_ms = 1e3 * min(chunk.sequence.tpot_s for chunk in plan.prefill)
-            turn = dataclasses.replace(turn, max_ms=min(turn.max_ms, longest_ms), reach_ms=None)
-        if self._num_waits >= _PATIENCE_STEPS:
-            turn, self._weighed = dataclasses.replace(turn, reach_ms=None), None
-        if self._weighed and self._weighed[0] == load.decode_rows and not plan.prefill:
-            budget = self._weighed[1]  # of the same load, a moment ago
-        else:
-            budget = choose_mix(load, turn, self.ladder, self.latency)
-        self._num_waits = 0 if budget.rows else self._num_waits + 1
-        self.finetuning.plan(plan, budget, reserve)
+            max_ms, reach_ms = min(max_ms, longest_ms), None
+        if (max_ms, reach_ms) != (turn.max_ms, turn.reach_ms):
+            turn = dataclasses.replace(turn, max_ms=max_ms, reach_ms=reach_ms)
+        return choose_mix(load, turn, self.ladder, self.latency)
 
     # Results.
 
     def record_token(self, sequence: Sequence, token: int, now_s: float = 0.0) -> None:
         """Takes in a sampled token that the host has read."""
         sequence.tokens.append(token)
-        sequence.in_flight -= 1
         sequence.last_token_s = now_s
-        if sequence.first_token_s is None:
+        is_first = sequence.first_token_s is None
+        if is_first:
             sequence.first_token_s = now_s
+        if is_first or len(sequence.tokens) == sequence.num_tokens:
+            self._running.note_read(sequence)
 
     def check_integrity(self) -> None:
         """Asserts that pages, slots and queues balance."""
         self.pages.check_integrity()
         owned = sum(len(s.pages) for s in self.running) + self.finetuning.num_kv_pages
         assert owned + self.pages.num_free == self.pages.num_pages
-        assert len(self.running) + len(self._free_slots) == self._max_running
-        slots = [s.slot for s in self.running]
-        assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
-        for sequence in self.running:
-            row = self.slot_pages[sequence.slot]
-            assert row[row >= 0].tolist() == sequence.pages
+        self._running.check_integrity()
         self.waiting.check_integrity()
         self.finetuning.check_integrity()

@@ -9,7 +9,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-from flexjax.scheduler.sequence import RESERVE_SHARE, Sequence, SequenceStatus
+import numpy as np
+
+from flexjax.scheduler.plan import DecodeRows
+from flexjax.scheduler.running import RunningRequests
+from flexjax.scheduler.sequence import Sequence, SequenceStatus
 from flexjax.scheduler.waiting import WaitingQueue
 
 _PREFILL_MARGIN = 2.0
@@ -19,13 +23,21 @@ _BLOCKED_SHARE = 0.5
 """A first token that waits for memory or a slot is urgent once this share of its time is left."""
 
 
+RESERVE_START = 0.25
+"""What is held back of a request's first time per token, for steps that take long."""
+RESERVE_SHARE = 0.05
+"""Share of each further one that is added to it."""
+RESERVE_TOKENS = 2.0
+"""What is held back at most, in times per token."""
+
+
 @dataclasses.dataclass(slots=True)
 class Survey:
     """The running requests, sorted, and the time that they leave.
 
     Attributes:
-      prefilling: Those whose prompts are not computed yet, in the order given.
-      decoding: Those that get a token from the step, in the order given.
+      prefilling: Those whose prompts are not computed yet, in order of admission.
+      decoding: The rows of those that get a token from the step, in the same order.
       slack_ms: Milliseconds to the earliest token that one of those is owed; infinite without
         targets, as are the next two.
       reach_ms: The same for tokens after it at the most, were finetuning to wait.
@@ -33,54 +45,84 @@ class Survey:
     """
 
     prefilling: list[Sequence]
-    decoding: list[Sequence]
-    slack_ms: float
-    reach_ms: float
-    mean_ms: float
+    decoding: DecodeRows
+    slack_ms: float = math.inf
+    reach_ms: float = math.inf
+    mean_ms: float = math.inf
 
 
 def survey(
-    running: Iterable[Sequence], begin_s: float, pace_s: float, itl_share: float = 1.0
+    running: RunningRequests, begin_s: float, pace_s: float, itl_share: float = 1.0
 ) -> Survey:
     """Sorts the running requests into those that decode and those that prefill.
-
-    Once for each running request and iteration, so it does by hand what properties of `Sequence`
-    do.
 
     Args:
       running: Requests with pages.
       begin_s: Clock when the step is expected to begin.
       pace_s: Seconds of a step without finetuning.
-      itl_share: See `Sequence.due_and_reach_s`.
+      itl_share: See `due_and_reach_s`.
     """
-    prefilling: list[Sequence] = []
-    decoding: list[Sequence] = []
-    least_s = least_reach_s = least_tpot_s = infinity = math.inf
-    for sequence in running:
-        num_tokens = len(sequence.tokens) + sequence.in_flight
-        if sequence.num_computed != num_tokens - 1 or num_tokens == sequence.prompt_len:
-            if sequence.num_computed < num_tokens:
-                prefilling.append(sequence)
-            continue
-        if num_tokens >= sequence.max_tokens:
-            continue  # its last token is on its way
-        decoding.append(sequence)
-        if sequence.tpot_s == infinity:
-            continue
-        previous_s = sequence.last_token_s
-        if sequence.in_flight or previous_s is None:
-            previous_s = begin_s  # the step before ends with it
-        due_s, reach_s = sequence.due_and_reach_s(previous_s, pace_s, itl_share)
-        if due_s < least_s:
-            least_s = due_s
-        if reach_s < least_reach_s:
-            least_reach_s = reach_s
-        if sequence.tpot_s < least_tpot_s:
-            least_tpot_s = sequence.tpot_s
-    mean_s = (1.0 - RESERVE_SHARE) * least_tpot_s
-    return Survey(
-        prefilling, decoding, 1e3 * (least_s - begin_s), 1e3 * least_reach_s, 1e3 * mean_s
-    )
+    found = Survey(list(running.prefilling), running.decode_rows())
+    if not found.decoding:
+        return found
+    slots = found.decoding.slots
+    tpot_s = running.tpot_s[slots]
+    slots = slots[tpot_s < math.inf]
+    if len(slots):
+        due_s, reach_s = due_and_reach_s(running, slots, begin_s, pace_s, itl_share)
+        found.slack_ms = 1e3 * (float(due_s.min()) - begin_s)
+        found.reach_ms = 1e3 * float(reach_s.min())
+        found.mean_ms = 1e3 * ((1.0 - RESERVE_SHARE) * float(tpot_s.min()))
+    return found
+
+
+def due_and_reach_s(
+    running: RunningRequests,
+    slots: np.ndarray,
+    begin_s: float,
+    pace_s: float,
+    itl_share: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """When the next tokens of requests that have some are due, and what patience would give.
+
+    Token j after the first is due j TPOTs after it, so that time saved on early tokens may be
+    spent on later ones; less a reserve, so that a step which takes longer than was expected
+    makes no request late. But never more than the longest gap (`SLO.itl_ms`) after the token
+    before, so that what was saved is not spent on one long stall. What is late beyond catching
+    up keeps the pace.
+
+    Args:
+      running: Requests with pages.
+      slots: Slots of those that are asked about; all have a target.
+      begin_s: Clock when the step is expected to begin, and with it a token that the host has not
+        read is there.
+      pace_s: Seconds of a step without finetuning, by which it is told whether a late request
+        can catch up.
+      itl_share: Share of `SLO.itl_ms` that may be planned for, so that what takes longer than
+        expected still keeps it; see `StepPredictor.tail_factor`.
+
+    Returns:
+      For each, the clock at which it is due, and the most seconds that there will be for one of
+      the tokens after it, if the steps until then hold no finetuning.
+    """
+    tpot_s, itl_s = running.tpot_s[slots], running.itl_s[slots]
+    itl_s[running.has_itl[slots]] *= itl_share
+    previous_s, first_s = running.last_token_s[slots], running.first_token_s[slots]
+    previous_s[np.isnan(previous_s)] = begin_s
+    first_s = np.where(np.isnan(first_s), previous_s, first_s)
+    num_tokens = running.num_tokens[slots]
+    number = num_tokens - running.prompt_len[slots]
+    reserve = np.minimum(RESERVE_START + RESERVE_SHARE * number, RESERVE_TOKENS)
+    free_s = first_s + (number - reserve) * tpot_s - previous_s
+    gain_s = (running.max_tokens[slots] - num_tokens) * (tpot_s - pace_s)  # until the last token
+    reach_s = np.minimum(free_s + np.maximum(gain_s, 0.0), itl_s)
+    due_s = previous_s + np.minimum(free_s, reach_s)
+    (late,) = (free_s < 0.0).nonzero()
+    if len(late):
+        is_lost = (free_s + reserve * tpot_s + gain_s)[late] < 0.0
+        due_s[late] = previous_s[late] + np.where(is_lost, tpot_s[late], 0.0)
+        reach_s[late] = np.where(is_lost, tpot_s[late], itl_s[late])
+    return due_s, reach_s
 
 
 def first_token_is_urgent(

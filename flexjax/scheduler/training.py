@@ -9,6 +9,7 @@ groups of a batch can be under way at once: one forward, the one before it backw
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -149,20 +150,17 @@ class Group:
     def place(self, kv_pages: list[list[int]], arena_pages: list[list[int]], page: int) -> None:
         """Takes pages and derives each row's slots (page * page size + offset)."""
         self.kv_pages, self.arena_pages = kv_pages, arena_pages
-        self.kv_slots = self._slots(kv_pages, page)
-        self.arena_slots = self._slots(arena_pages, page)
-
-    def _slots(self, pages: list[list[int]], page: int) -> np.ndarray:
-        parts = []
-        for owned, sequence in zip(pages, self.sequences, strict=True):
-            index = np.arange(len(sequence))
-            parts.append(np.asarray(owned)[index // page] * page + index % page)
-        return np.concatenate(parts).astype(np.int32)
+        pages = np.array([*itertools.chain(*kv_pages, *arena_pages)], np.int32)
+        slots = pages.reshape(2, -1, 1) * page + np.arange(page, dtype=np.int32)
+        slots, start, parts = slots.reshape(2, -1), 0, []
+        for owned, sequence in zip(kv_pages, self.sequences, strict=True):
+            parts.append(slots[:, start : start + len(sequence)])
+            start += len(owned) * page
+        self.kv_slots, self.arena_slots = np.concatenate(parts, axis=1)
 
     def unplace(self) -> tuple[list[int], list[int]]:
         """Gives up its pages and its progress; returns KV pages and arena pages."""
-        kv = [page for pages in self.kv_pages for page in pages]
-        arena = [page for pages in self.arena_pages for page in pages]
+        kv, arena = [*itertools.chain(*self.kv_pages)], [*itertools.chain(*self.arena_pages)]
         self.kv_pages, self.arena_pages = [], []
         self.rewind()
         return kv, arena

@@ -15,6 +15,8 @@ import heapq
 import itertools
 import math
 
+import numpy as np
+
 from flexjax.scheduler.sequence import Sequence, SequenceStatus, Tenant
 
 _FIRST = -math.inf
@@ -30,6 +32,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self.num_tokens = 0
         self._tenants: dict[int, Tenant] = {}
+        self._queued: dict[Tenant, None] = {}  # all whose heaps are not empty
         self._order = itertools.count()
         self._num_waiting = 0
 
@@ -38,7 +41,10 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request that has just arrived."""
-        tenant = self._tenants.setdefault(sequence.request.adapter_slot, Tenant())
+        tenant = self._tenants.get(sequence.request.adapter_slot)
+        if tenant is None:
+            tenant = Tenant(number=len(self._tenants))
+            self._tenants[sequence.request.adapter_slot] = tenant
         sequence.tenant = tenant
         if not tenant.num_alive:
             # A tenant that was away has no claim on the service that it did not ask for.
@@ -57,6 +63,7 @@ class WaitingQueue:
         number = next(self._order)
         number = -number if deadline_s == _FIRST else number
         heapq.heappush(tenant.heap, (deadline_s, number, sequence))
+        self._queued[tenant] = None
         self._num_waiting += 1
         self.num_tokens += sequence.num_tokens
 
@@ -65,13 +72,11 @@ class WaitingQueue:
         tenant = self._next_tenant()
         return None if tenant is None else tenant.heap[0][2]
 
-    def pop(self) -> Sequence:
+    def take(self, sequence: Sequence) -> None:
         """Takes the request that is next."""
-        tenant = self._next_tenant()
-        assert tenant is not None
-        sequence = heapq.heappop(tenant.heap)[2]
+        entry = heapq.heappop(sequence.tenant.heap)
+        assert entry[2] is sequence
         self._forget(sequence)
-        return sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a request out that has ended while it waited; its status must say so."""
@@ -82,27 +87,35 @@ class WaitingQueue:
         self._num_waiting -= 1
         self.num_tokens -= sequence.num_tokens
 
+    def note_served(self, adapter_slots: np.ndarray, tokens: float) -> None:
+        """Counts so many tokens for each of some requests, which are given by their adapters."""
+        counts = np.bincount(adapter_slots + 1).tolist()
+        for adapter_slot, count in enumerate(counts, start=-1):
+            if count:
+                self._tenants[adapter_slot].served += tokens * count
+
     def heads(self) -> list[Sequence]:
         """The next request of each adapter that has one."""
-        if not self._num_waiting:
-            return []
-        return [t.heap[0][2] for t in self._tenants.values() if self._is_waiting(t)]
+        return [tenant.heap[0][2] for tenant in self._waiting()]
 
     def _least_served(self) -> float:
         return min((t.served for t in self._tenants.values() if t.num_alive), default=0.0)
 
-    @staticmethod
-    def _is_waiting(tenant: Tenant) -> bool:
-        heap = tenant.heap
-        while heap and heap[0][2].status is not SequenceStatus.WAITING:
-            heapq.heappop(heap)
-        return bool(heap)
+    def _waiting(self) -> list[Tenant]:
+        """Tenants with requests that wait; the next of those is then first in the heap."""
+        for tenant in list(self._queued):
+            heap = tenant.heap
+            while heap and heap[0][2].status is not SequenceStatus.WAITING:
+                heapq.heappop(heap)
+            if not heap:
+                del self._queued[tenant]
+        return list(self._queued)
 
     def _next_tenant(self) -> Tenant | None:
-        if not self._num_waiting:
-            return None
-        waiting = [t for t in self._tenants.values() if self._is_waiting(t)]
-        return min(waiting, key=lambda t: (t.heap[0][0] != _FIRST, t.served), default=None)
+        def rank(tenant: Tenant) -> tuple[bool, float, int]:
+            return tenant.heap[0][0] != _FIRST, tenant.served, tenant.number
+
+        return min(self._waiting(), key=rank, default=None)
 
     def check_integrity(self) -> None:
         """Asserts that the counts fit the queues."""
@@ -114,4 +127,5 @@ class WaitingQueue:
         ]
         assert len(waiting) == len({id(s) for s in waiting}) == self._num_waiting
         assert self.num_tokens == sum(s.num_tokens for s in waiting)
+        assert set(self._queued) >= {tenant for tenant in self._tenants.values() if tenant.heap}
         assert all(tenant.num_alive >= 0 for tenant in self._tenants.values())

@@ -1,6 +1,7 @@
 """What finetuning gets of a step: waiting for large mixes, reserves, and what attention reads."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,23 @@ from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix, weigh_mixes
 from flexjax.scheduler.features import features_of
 from flexjax.scheduler.kv_reads import SequenceRows, TiledReads
-from flexjax.scheduler.plan import BackwardTile, DecodeRow, ForwardPiece, PrefillChunk, StepPlan
+from flexjax.scheduler.plan import (
+    BackwardTile,
+    DecodeRow,
+    DecodeRows,
+    ForwardPiece,
+    PrefillChunk,
+    StepPlan,
+)
 from flexjax.scheduler.policy import Turn
-from flexjax.scheduler.sequence import RESERVE_SHARE, RESERVE_START, RESERVE_TOKENS, Sequence
+from flexjax.scheduler.running import RunningRequests
+from flexjax.scheduler.sequence import Sequence
+from flexjax.scheduler.survey import (
+    RESERVE_SHARE,
+    RESERVE_START,
+    RESERVE_TOKENS,
+    due_and_reach_s,
+)
 from flexjax.scheduler.training import Group, TrainingRun, TrainSequence
 from flexjax.slo import SLO
 from pallas_kernels import PageList
@@ -121,21 +136,26 @@ def test_finetuning_goes_alone_where_sharing_a_step_costs_more(max_ms, expected)
 # Deadlines.
 
 
-def answering(num_output, *, first_s, slo, max_tokens=100):
-    params = SamplingParams(max_tokens=max_tokens)
-    request = GenerationRequest(0, (1, 2, 3), params, -1, 0.0, frozenset(), 0, slo)
+def due_and_reach(num_output, *, previous_s, first_s, slo):
+    """Of a request with so many output tokens, the last at `previous_s`, in steps of 4 ms."""
+    request = GenerationRequest(
+        0, (1, 2, 3), SamplingParams(max_tokens=100), -1, 0.0, frozenset(), 0, slo
+    )
     sequence = Sequence.from_request(request, 1000)
     sequence.tokens += [7] * num_output
-    sequence.first_token_s = first_s
-    return sequence
+    sequence.num_tokens += num_output
+    sequence.first_token_s, sequence.last_token_s = first_s, previous_s
+    running = RunningRequests(4, 100, PAGE)
+    running.add(sequence, list(range(100)))
+    due_s, reach_s = due_and_reach_s(running, np.array([sequence.slot]), math.nan, 0.004)
+    return due_s.item(), reach_s.item()
 
 
 @pytest.mark.parametrize("number", [1, 5, 20, 60])
 def test_time_that_was_saved_is_kept_but_for_a_reserve(number):
     slo = SLO(tpot_ms=10.0, itl_ms=10_000.0)
-    sequence = answering(number, first_s=2.0, slo=slo)
     previous_s = 2.0 + (number - 1) * 0.004
-    due_s, reach_s = sequence.due_and_reach_s(previous_s, 0.004)
+    due_s, reach_s = due_and_reach(number, previous_s=previous_s, first_s=2.0, slo=slo)
     reserve = min(RESERVE_START + RESERVE_SHARE * number, RESERVE_TOKENS)
     assert due_s == pytest.approx(2.0 + 0.01 * (number - reserve))
     left = 100 - number
@@ -143,18 +163,19 @@ def test_time_that_was_saved_is_kept_but_for_a_reserve(number):
 
 
 def test_no_gap_is_longer_than_the_longest():
-    sequence = answering(50, first_s=0.0, slo=SLO(tpot_ms=10.0, itl_ms=25.0))
-    due_s, reach_s = sequence.due_and_reach_s(0.1, 0.004)
-    assert due_s == pytest.approx(0.125) and reach_s == pytest.approx(0.025)
-    capped = answering(50, first_s=0.0, slo=SLO(tpot_ms=10.0))
-    assert capped.due_and_reach_s(0.1, 0.004) == pytest.approx((0.11, 0.01))
+    slo = SLO(tpot_ms=10.0, itl_ms=25.0)
+    found = due_and_reach(50, previous_s=0.1, first_s=0.0, slo=slo)
+    assert found == pytest.approx((0.125, 0.025))
+    capped = due_and_reach(50, previous_s=0.1, first_s=0.0, slo=SLO(tpot_ms=10.0))
+    assert capped == pytest.approx((0.11, 0.01))
 
 
 def test_a_late_request_goes_first_and_a_lost_one_keeps_the_pace():
-    late = answering(10, first_s=0.0, slo=SLO(tpot_ms=10.0))
-    assert late.due_and_reach_s(0.11, 0.004) == pytest.approx((0.11, 0.01))
-    lost = answering(99, first_s=0.0, slo=SLO(tpot_ms=10.0))
-    assert lost.due_and_reach_s(5.0, 0.004) == pytest.approx((5.01, 0.01))
+    slo = SLO(tpot_ms=10.0)
+    late = due_and_reach(10, previous_s=0.11, first_s=0.0, slo=slo)
+    assert late == pytest.approx((0.11, 0.01))
+    lost = due_and_reach(99, previous_s=5.0, first_s=0.0, slo=slo)
+    assert lost == pytest.approx((5.01, 0.01))
 
 
 # What attention reads.
@@ -218,7 +239,7 @@ def test_pairs_are_those_that_a_step_goes_through(rng, repeat):
     prompt = make_sequence(int(rng.integers(8, 60)))
     chunk = PrefillChunk(prompt, int(rng.integers(0, 4)), 4, False)
     asked = make_sequence(int(rng.integers(1, 60)))
-    decode = [DecodeRow(asked, asked.num_tokens - 1, False)]
+    decode = DecodeRows.of([DecodeRow(asked, asked.num_tokens - 1, False)])
     plan = StepPlan(decode=decode, prefill=[chunk], forward=[piece], tile=tile)
     plan.slot_pages = np.zeros((4, 20), np.int32)
     ladder = BucketLadder((4,), (8, 32, 512), (8, 32, 512), LAYERS, LAYERS, READS)

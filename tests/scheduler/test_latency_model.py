@@ -28,6 +28,7 @@ from flexjax.scheduler.latency_profile import (
 from flexjax.scheduler.plan import (
     BackwardTile,
     DecodeRow,
+    DecodeRows,
     ForwardPiece,
     LossWindow,
     OptimizerStep,
@@ -94,7 +95,7 @@ def make_group(lengths):
 def make_sequence(prompt_len):
     params = SamplingParams(max_tokens=8)
     request = GenerationRequest(0, tuple(range(prompt_len)), params, -1, 0.0, frozenset(), 0)
-    return Sequence(request, list(range(prompt_len)))
+    return Sequence.from_request(request, prompt_len + 8)
 
 
 def test_features_count_what_a_plan_holds():
@@ -102,7 +103,7 @@ def test_features_count_what_a_plan_holds():
     tile = BackwardTile(group, 3, 10, 24, 12)
     optimizer = OptimizerStep(group.run, 0, 1, 1, 1e-4)
     plan = StepPlan(
-        decode=[DecodeRow(sequence, position, False) for position in (7, 0, 31)],
+        decode=DecodeRows.of(DecodeRow(sequence, position, False) for position in (7, 0, 31)),
         prefill=[PrefillChunk(sequence, 6, 5, False), PrefillChunk(sequence, 0, 3, True)],
         forward=[ForwardPiece(group, 2, 7)],
         losses=[LossWindow(group, 3, 10), LossWindow(group, 0, 3)],
