@@ -1,9 +1,12 @@
 """Kernels for serving and token-level finetuning over paged keys and values.
 
-Each op has an `api` (validation, dispatch) and a `reference` (plain jnp with float32 accumulation:
-the specification and the CPU path). The package knows nothing of flexjax.
+Each op has an `api` (validation, dispatch), a `reference` (plain jnp with float32 accumulation: the
+specification) and kernels for GPUs; most have one for the CPU, too (`llvm`). The package knows
+nothing of flexjax.
 """
 
+from pallas_kernels._llvm import can_run_llvm as can_run_llvm
+from pallas_kernels._llvm import prefers_llvm as prefers_llvm
 from pallas_kernels._platform import can_run_triton as can_run_triton
 from pallas_kernels.co_serve_attention.api import ChunkRows as ChunkRows
 from pallas_kernels.co_serve_attention.api import CoServed as CoServed

@@ -6,6 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Most of the run is compilation: LLVM's optimizations are left out (XLA's own passes are not).
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "PALLAS_KERNELS_LLVM_LEVEL", "0"
+)  # those of kernels have a conftest of theirs
 
 import jax
 import pytest

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.dual_matmul import pallas_triton, reference
+from pallas_kernels.dual_matmul import llvm, pallas_triton, reference
 
 _IMPLEMENTATIONS = {
+    "llvm": llvm.dual_matmul,
     "pallas_triton": pallas_triton.dual_matmul,
     "reference": reference.dual_matmul,
 }
@@ -60,7 +61,7 @@ def dual_matmul(
         Added to in place when `out_dtype` is float32 and the caller no longer needs it.
       d_acc: The same for dx.
       out_dtype: Of the results. Products always accumulate in float32.
-      implementation: None, "reference" or "pallas_triton".
+      implementation: None, "reference", "pallas_triton", or "llvm" (on a CPU, float32).
 
     Returns:
       (y_k for every forward kernel, dx); dx is None without backward kernels.

@@ -1,1 +1,1 @@
-"""`api` is public; `reference` is the specification and the CPU path."""
+"""`api` is public; `reference` is the specification, `llvm` the path of a CPU."""

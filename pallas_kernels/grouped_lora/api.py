@@ -12,10 +12,15 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.grouped_lora import pallas_triton, reference, triton
+from pallas_kernels.grouped_lora import llvm, pallas_triton, reference, triton
 from pallas_kernels.grouped_lora.groups import RowGroups
 
-_BACKENDS = {"triton": triton, "pallas_triton": pallas_triton, "reference": reference}
+_BACKENDS = {
+    "triton": triton,
+    "pallas_triton": pallas_triton,
+    "llvm": llvm,
+    "reference": reference,
+}
 
 
 def grouped_lora(
@@ -49,7 +54,7 @@ def grouped_lora(
       num_active: How many; the cost follows this number.
       groups: `group_rows(row_slots, A)`, which calls with the same rows may share.
       ranks: Rank of each slot; kernels read no weights beyond it, which must be zero.
-      implementation: None, "reference", "pallas_triton" or "triton".
+      implementation: None, "reference", "pallas_triton", "triton" or "llvm" (on a CPU, float32).
 
     Returns:
       The sum, float32. A row never reads another row's adapter, not even multiplied by zero.
@@ -107,7 +112,7 @@ def grouped_lora_many(
       num_active: How many.
       groups: `group_rows(row_slots, A)`.
       ranks: Rank of each slot.
-      implementation: None, "reference", "pallas_triton" or "triton".
+      implementation: None, "reference", "pallas_triton", "triton" or "llvm" (on a CPU, float32).
 
     Returns:
       The sum of each linear, float32.
@@ -180,7 +185,7 @@ def grouped_lora_backward(
       num_active: How many.
       groups: `group_rows(row_slots, A)`.
       ranks: Rank of each slot.
-      implementation: None, "reference", "pallas_triton" or "triton".
+      implementation: None, "reference", "pallas_triton", "triton" or "llvm" (on a CPU, float32).
 
     Returns:
       The sum at x, and the gradients of each active slot's A and B in this layer, zero for padding;

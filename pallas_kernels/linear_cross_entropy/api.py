@@ -5,9 +5,10 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.linear_cross_entropy import pallas_triton, reference
+from pallas_kernels.linear_cross_entropy import llvm, pallas_triton, reference
 
 _IMPLEMENTATIONS = {
+    "llvm": llvm.linear_cross_entropy,
     "pallas_triton": pallas_triton.linear_cross_entropy,
     "reference": reference.linear_cross_entropy,
 }
@@ -30,7 +31,7 @@ def linear_cross_entropy(
         zero whatever they hold.
       transposed_head: Whether `lm_head` is [V, D], as a tied embedding is: multiplied transposed,
         without a copy.
-      implementation: None, "reference" or "pallas_triton".
+      implementation: None, "reference", "pallas_triton", or "llvm" (CPU, float32).
 
     Returns:
       Sum of the losses in nats, float32 scalar, and d sum / d hidden, float32. The log-sum-exp is

@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.paged_attention import pallas_triton, reference
+from pallas_kernels.paged_attention import llvm, pallas_triton, reference
 from pallas_kernels.paged_attention.types import PageList as PageList
 
 
@@ -57,7 +57,7 @@ def decode_attention(
         whose output is zero.
       sm_scale: Multiplies the scores.
       sliding_window: Keys that a query sees, itself included; None for all.
-      implementation: "pallas_triton", "reference", or None for the first that can run.
+      implementation: "llvm", "pallas_triton", "reference", or None for the first that can run.
 
     Returns:
       Attention outputs in the dtype of `q`; accumulated in float32.
@@ -70,6 +70,7 @@ def decode_attention(
     return dispatch(
         "decode_attention",
         {
+            "llvm": llvm.decode_attention,
             "pallas_triton": pallas_triton.decode_attention,
             "reference": reference.decode_attention,
         },
@@ -110,7 +111,7 @@ def ragged_attention(
       row_positions: Position of each row in its sequence; -1 for padding.
       sm_scale: Multiplies the scores.
       sliding_window: Keys that a query sees, itself included; None for all.
-      implementation: "pallas_triton", "reference", or None for the first that can run.
+      implementation: "llvm", "pallas_triton", "reference", or None for the first that can run.
 
     Returns:
       Attention outputs in the dtype of `q`, and the log-sum-exp of each row's scores, float32.
@@ -123,6 +124,7 @@ def ragged_attention(
     return dispatch(
         "ragged_attention",
         {
+            "llvm": llvm.ragged_attention,
             "pallas_triton": pallas_triton.ragged_attention,
             "reference": reference.ragged_attention,
         },

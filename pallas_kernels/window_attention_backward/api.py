@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.paged_attention.api import check_pool
 from pallas_kernels.paged_attention.types import PageList
-from pallas_kernels.window_attention_backward import pallas_triton, reference
+from pallas_kernels.window_attention_backward import llvm, pallas_triton, reference
 
 
 def window_attention_backward(
@@ -53,7 +53,7 @@ def window_attention_backward(
       acc_pages: Accumulator page of each entry of `page_list`, -1 to add nowhere; no page twice.
       sm_scale: Multiplies the scores.
       sliding_window: As in the forward pass.
-      implementation: "pallas_triton", "reference", or None for the first that can run.
+      implementation: "llvm", "pallas_triton", "reference", or None for the first that can run.
 
     Returns:
       dQ in float32, and both accumulators. The result does not depend on the order of rows.
@@ -66,6 +66,7 @@ def window_attention_backward(
     return dispatch(
         "window_attention_backward",
         {
+            "llvm": llvm.window_attention_backward,
             "pallas_triton": pallas_triton.window_attention_backward,
             "reference": reference.window_attention_backward,
         },
