@@ -26,7 +26,7 @@ LORA_TARGETS = (
 """The linears that a LoRA can adapt, by Hugging Face name, in the order of the layer."""
 
 
-KERNELS = ("reference", "pallas_triton", "fused")
+KERNELS = ("reference", "llvm", "pallas_triton", "fused")
 """Values of `EngineConfig.kernels`, beside None."""
 
 
@@ -216,10 +216,11 @@ class EngineConfig:
       step_time_budget_ms: While requests are alive, finetuning is taken only as far as steps are
         expected to stay below this; None for no limit but the requests' own. With
         `policy`="co_serve" only.
-      kernels: "reference" (plain jnp), "pallas_triton" (one Triton kernel per op), or "fused" (the
-        attention of forward rows and of the backward tile in one launch, and so their matrix
-        products where they meet); None for whatever can run on the device. A named one never
-        falls back: Triton kernels need an NVIDIA GPU.
+      kernels: "reference" (plain jnp), "llvm" (kernels for the CPU, float32 only; needs llvmlite),
+        "pallas_triton" (one Triton kernel per op), or "fused" (the attention of forward rows and of
+        the backward tile in one launch, and so their matrix products where they meet); None for
+        whatever can run on the device. A named one never falls back: Triton kernels need an NVIDIA
+        GPU.
       deterministic_finetuning: Whether finetuning forward rows run in steps without other forward
         rows, so that the trained bits do not depend on the inference load. Such steps are as large
         as they would be without requests, whatever latency targets leave free.

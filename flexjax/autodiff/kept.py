@@ -71,11 +71,11 @@ def _layer_backward(config: ModelConfig, kept: dict[str, Array]) -> list[Array]:
     attn = kept["attn"].reshape(rows, config.num_heads, config.head_dim)
 
     def before(x: Array, lora: LoraTree) -> tuple[Array, Array, Array]:
-        linear = tile_linear(weights, lora, jnp.float32(1), kept)
+        linear = tile_linear(weights, lora, jnp.float32(1), kept, "reference")
         return pre_attention(config, weights, linear, x, positions)
 
     def after(x: Array, attn: Array, lora: LoraTree) -> Array:
-        linear = tile_linear(weights, lora, jnp.float32(1), kept)
+        linear = tile_linear(weights, lora, jnp.float32(1), kept, "reference")
         return post_attention(config, weights, linear, x, attn)
 
     (q, k, v), before_vjp = jax.vjp(before, x, lora)

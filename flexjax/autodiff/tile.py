@@ -82,7 +82,7 @@ def backward_layer(
       acc_layer: Index of the layer in the accumulators.
       rows: The window.
       dy: Gradient at the layer's output, float32; zero for padding rows.
-      implementation: Of the attention ops.
+      implementation: Of attention, and of the adapters' products.
 
     Returns:
       Gradient at the layer's input (float32), this window's gradient of the layer's adapter (summed
@@ -93,11 +93,11 @@ def backward_layer(
     heads = (x.shape[0], config.num_heads, config.head_dim)
 
     def before(x: Array, lora: LoraTree) -> tuple[Array, Array, Array]:
-        linear = tile_linear(weights, lora, scale, saved)
+        linear = tile_linear(weights, lora, scale, saved, implementation)
         return pre_attention(config, weights, linear, x, rows.positions)
 
     def after(x: Array, attn: Array, lora: LoraTree) -> Array:
-        linear = tile_linear(weights, lora, scale, saved)
+        linear = tile_linear(weights, lora, scale, saved, implementation)
         return post_attention(config, weights, linear, x, attn)
 
     with jax.named_scope("tile_recompute"):

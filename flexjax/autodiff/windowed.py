@@ -25,9 +25,14 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.decoder import Decoder, LoraParams
 from flexjax.models.layers import embed, post_attention, pre_attention
 from flexjax.models.weights import DecoderWeights
-from pallas_kernels import PageList, ragged_attention
+from pallas_kernels import PageList, can_run_triton, ragged_attention
 
 _PAGE_SIZE = 16
+
+
+def _implementation() -> str | None:
+    """Of the ops: not the CPU's kernels, which every window's length would compile anew."""
+    return None if can_run_triton() else "reference"
 
 
 class _Problem(NamedTuple):
@@ -112,7 +117,14 @@ def windowed_value_and_grad(
     for start, rows in windows:
         part = slice(start, start + rows.slots.shape[0])
         pool, arena = _forward_window(problem, pool, arena, rows, flat_tokens[part])
-        window_loss, arena = loss_head(config, weights, arena, rows.slots, flat_targets[part])
+        window_loss, arena = loss_head(
+            config,
+            weights,
+            arena,
+            rows.slots,
+            flat_targets[part],
+            implementation=_implementation(),
+        )
         loss = loss + window_loss
     backward = _window_major if tile_order == "window_major" else _layer_major
     d_lora = backward(problem, pool, arena, [rows for _, rows in reversed(windows)])
@@ -192,7 +204,7 @@ def _forward_window(
         x, pool, kept = carry
         layer, layer_weights, layer_lora = inputs
         recorded = {INPUT: x}
-        plain = tile_linear(layer_weights, layer_lora, problem.scale, {})
+        plain = tile_linear(layer_weights, layer_lora, problem.scale, {}, _implementation())
 
         def linear(name: str, value: Array) -> Array:
             recorded[name] = plain(name, value)
@@ -210,6 +222,7 @@ def _forward_window(
             rows.positions,
             sm_scale=sm_scale(config),
             sliding_window=config.sliding_window,
+            implementation=_implementation(),
         )
         y = post_attention(config, layer_weights, linear, x, recorded["attn"])
         return (y, pool, keep(kept, layer, rows.slots, recorded)), None
@@ -245,6 +258,7 @@ def _window_major(
                 layer,
                 rows,
                 dy,
+                implementation=_implementation(),
             )
             return (dy, kv_grads), d_lora
 
@@ -282,6 +296,7 @@ def _layer_major(
                 jnp.int32(0),
                 rows,
                 d_hidden[rows.slots],
+                implementation=_implementation(),
             )
             d_hidden = d_hidden.at[rows.slots].set(dy)
             total = jax.tree.map(jnp.add, total, d_lora)

@@ -1,14 +1,15 @@
 """The raw products of a model's steps in JAX and in torch: what no step can be faster than.
 
 Every product with a frozen kernel, at the row counts of the steps and with kernels as cold as they
-are there; each library with the layout and the options that suit it best. Attention, adapters,
-norms, sampling and the host count as free, so that a ratio against these times is an upper bound.
-Needs torch.
+are there; each library with the layout and the options that suit it best, JAX by XLA's products or
+by the kernels of `pallas_kernels`. Attention, adapters, norms, sampling and the host count as free,
+so that a ratio against these times is an upper bound. Needs torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from jax import lax
 
 from flexjax.bench.harness import Cost, measure, timings
 from flexjax.model_config import ModelConfig
+from pallas_kernels import can_run_llvm, stacked_matmul, stacked_matmul_transposed
 
 if TYPE_CHECKING:
     from flexjax.bench.side_by_side import Settings
@@ -191,6 +193,21 @@ def _jax_runs(rows: list[jax.Array], kernels: list[jax.Array], layout: str):
             except jax.errors.JaxRuntimeError:  # a version of XLA that does not know the option
                 continue
             yield name + order, lambda run=program: jax.block_until_ready(run(rows, kernels))
+    if can_run_llvm():
+        program = jax.jit(functools.partial(_llvm_products, layout)).lower(rows, kernels).compile()
+        yield "our kernels", lambda: jax.block_until_ready(program(rows, kernels))
+
+
+def _llvm_products(layout: str, rows: list[jax.Array], kernels: list[jax.Array]) -> list[jax.Array]:
+    first, found = jnp.zeros((), jnp.int32), []
+    options: dict[str, Any] = {"implementation": "llvm"}
+    for x, kernel in zip(rows, kernels, strict=True):
+        stack = (kernel[None],)
+        if layout == "in-out":
+            found.append(stacked_matmul(x, stack, first, **options)[0])
+        else:
+            found.append(stacked_matmul_transposed((x,), stack, first, **options))
+    return found
 
 
 def _torch_run(rows: list[torch.Tensor], kernels: list[torch.Tensor], layout: str):

@@ -40,7 +40,7 @@ class EngineSizeOptions(ModelOptions):
     ] = EngineConfig.saved_activations
     kernels: Annotated[
         str | None,
-        _option(_ENGINE, "reference, pallas_triton or fused (default: what the device can run)"),
+        _option(_ENGINE, "reference, llvm, pallas_triton or fused (default: by the device)"),
     ] = None
     rank: Annotated[int, _option(_ENGINE, "Largest rank of an adapter", "--rank", "--r")] = (
         LoraConfig.r

@@ -356,7 +356,7 @@ class CompileOptions:
     ] = EngineConfig.tile_layers
     kernels: Annotated[
         str | None,
-        _option(_ENGINE, "reference, pallas_triton or fused (default: what the device can run)"),
+        _option(_ENGINE, "reference, llvm, pallas_triton or fused (default: by the device)"),
     ] = None
     floor_context: Annotated[
         int, _option(_OUTPUT, "Tokens that each row sees, in the floor of the step's time")

@@ -155,7 +155,9 @@ class Programs:
             packed = jax.ShapeDtypeStruct((packed_size(sample_fields(rows)),), jnp.int32)
             floats = jax.ShapeDtypeStruct((len(SAMPLE_FLOATS), rows), jnp.float32)
             args = (self._weights, self._state.sample, packed, floats)
-            jobs["sample", rows] = (functools.partial(sample_step, self._config), (1,), args)
+            implementation = self._sizes.implementation
+            sample = functools.partial(sample_step, self._config, implementation=implementation)
+            jobs["sample", rows] = (sample, (1,), args)
         tokens = jax.ShapeDtypeStruct((self._max_context_len,), jnp.int32)
         jobs["reset_sequence",] = (reset_sequence, (0,), (self._state.sample, _INT, tokens, tokens))
         tree = jax.eval_shape(lambda: zero_lora(self._config, self._rank))

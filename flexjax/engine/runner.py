@@ -32,6 +32,7 @@ from flexjax.scheduler.plan import Discard, EvalResult, LossWindow, OptimizerSte
 from flexjax.scheduler.sequence import Sequence
 from flexjax.step.sampling import SampleOutput
 from flexjax.step.state import EngineState, init_sample_state
+from pallas_kernels import prefers_llvm
 
 
 @dataclasses.dataclass
@@ -109,7 +110,10 @@ class Runner:
         set_compile_cache(config.compile_cache_dir)
         self.model = model
         self.sizing = sizing
-        can_split = jax.default_backend() == "cpu" and not sizing.step.is_fused
+        is_cpu, implementation = jax.default_backend() == "cpu", sizing.step.implementation
+        # Where XLA multiplies; kernels of ours read a layer in its stack.
+        can_split = is_cpu and implementation in (None, "reference")
+        can_split = can_split and not prefers_llvm(implementation, sizing.dtype)
         self.weights = split_kernels(weights) if can_split else weights
         self.bank = init_bank(model, config.max_adapters, config.max_lora_rank, sizing.dtype)
         self.state = EngineState(

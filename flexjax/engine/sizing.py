@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 
 from flexjax.config import EngineConfig
 from flexjax.layout import StepSizes
@@ -11,6 +13,12 @@ from flexjax.scheduler.buckets import BucketLadder
 from flexjax.scheduler.kv_reads import TiledReads
 
 _DEFAULT_CONTEXT = 2048
+
+
+def has_llvm() -> bool:
+    """Whether the kernels for the CPU can run here: `pallas_kernels.can_run_llvm`, without jax."""
+    is_known = sys.platform != "win32" and sys.maxsize > 2**32
+    return is_known and importlib.util.find_spec("llvmlite") is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +68,12 @@ class Sizing:
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float32" if platform == "cpu" else model.dtype
-        is_tiled = config.kernels == "reference" or (config.kernels is None and platform == "cpu")
-        reads = TiledReads(config.page_size) if is_tiled else None
+        if config.kernels == "llvm" and dtype != "float32":
+            raise ValueError(f"`dtype` must be float32 with `kernels`='llvm'; got {dtype}.")
+        is_reference = config.kernels == "reference"
+        if config.kernels is None and platform == "cpu":
+            is_reference = dtype != "float32" or not has_llvm()
+        reads = TiledReads(config.page_size) if is_reference else None
         ladder = BucketLadder.from_config(config, model.num_layers, reads)
         pages_per_seq = -(-context // config.page_size)
         can_finetune = config.max_jobs > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.lora.bank import AdapterBank, LoraTree
 from flexjax.models.layers import Kernel, LayerWeights, Linear, kernel_of, product
-from pallas_kernels import RowGroups, grouped_lora
+from pallas_kernels import RowGroups, grouped_lora, grouped_lora_backward, prefers_llvm
 
 
 class AdapterRows(NamedTuple):
@@ -75,6 +76,7 @@ def tile_linear(
     lora: LoraTree,
     scale: Float[Array, ""],
     kept: Mapping[str, Array],
+    implementation: str | None = None,
 ) -> Linear:
     """Linears of one layer for the rows of a backward tile, all of one adapter.
 
@@ -86,17 +88,20 @@ def tile_linear(
       lora: The layer's adapter, float32: a [in, R], b [R, out].
       scale: Multiplies x A B.
       kept: Kept outputs by linear, [W, out].
+      implementation: Of the backward products of the adapter.
     """
 
     def linear(name: str, x: Array) -> Array:
         kernel, bias = kernel_of(weights, name), weights.get(f"{name}.bias")
-        return _adapted(x, lora.a[name], lora.b[name], kernel, bias, scale, kept.get(name))
+        a, b = lora.a[name], lora.b[name]
+        return _adapted(implementation, x, a, b, kernel, bias, scale, kept.get(name))
 
     return linear
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _adapted(
+    implementation: str | None,
     x: Array,
     a: Array,
     b: Array,
@@ -106,6 +111,7 @@ def _adapted(
     kept: Array | None,
 ) -> Array:
     """Returns x W + bias + scale x A B in the dtype of x, or `kept`, which is that value."""
+    del implementation  # of the backward pass
     if kept is not None:
         return kept
     y = kernel.multiply(x)
@@ -118,8 +124,9 @@ def _adapted(
     return (y + delta).astype(x.dtype)
 
 
-def _adapted_forward(x, a, b, kernel, bias, scale, kept):
-    return _adapted(x, a, b, kernel, bias, scale, kept), (x, a, b, kernel, scale)
+def _adapted_forward(implementation, x, a, b, kernel, bias, scale, kept):
+    y = _adapted(implementation, x, a, b, kernel, bias, scale, kept)
+    return y, (x, a, b, kernel, scale)
 
 
 def _contract(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
@@ -141,10 +148,24 @@ def linear_gradients(
     return dx, _contract(x, d_bottleneck, 0, 0), _contract(bottleneck, dy, 0, 0)
 
 
-def _adapted_backward(residuals, dy):
+def _gradients_in_place(x, dy, dx, a, b, scale):
+    """`linear_gradients` by the kernels of many adapters, added to `dx`."""
+    first = jnp.zeros((), jnp.int32)
+    slots, active = jnp.zeros(x.shape[:1], jnp.int32), jnp.zeros((1,), jnp.int32)
+    rows = (scale[None], first, slots, active, first + 1)
+    weights = a[None, None], b[None, None]
+    dx, da, db = grouped_lora_backward(x, dy, dx, *weights, *rows, implementation="llvm")
+    return dx, da[0], db[0]
+
+
+def _adapted_backward(implementation, residuals, dy):
     x, a, b, kernel, scale = residuals
-    dx, da, db = linear_gradients(x, dy, a, b, scale)
-    dx = dx + kernel.multiply_transposed(dy)
+    if prefers_llvm(implementation, x.dtype):
+        dx = kernel.multiply_transposed(dy)
+        dx, da, db = _gradients_in_place(x, dy, dx, a, b, scale)
+    else:
+        dx, da, db = linear_gradients(x, dy, a, b, scale)
+        dx = dx + kernel.multiply_transposed(dy)
     return dx.astype(x.dtype), da, db, None, None, None, None
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
-from pallas_kernels import stacked_matmul, stacked_matmul_transposed
+from pallas_kernels import prefers_llvm, stacked_matmul, stacked_matmul_transposed
 
 Linear = Callable[[str, Array], Array]
 """`linear(name, x[T, in]) -> [T, out]`, in the dtype of x."""
@@ -208,8 +208,24 @@ def head_kernel(weights: DecoderWeights) -> Float[Array, "D V"]:
 
 
 def logits(
-    config: ModelConfig, weights: DecoderWeights, hidden: Float[Array, "T D"]
+    config: ModelConfig,
+    weights: DecoderWeights,
+    hidden: Float[Array, "T D"],
+    implementation: str | None = "reference",
 ) -> Float[Array, "T V"]:
-    """Final norm and head of rows as they leave the last layer, float32."""
+    """Final norm and head of rows as they leave the last layer, float32.
+
+    Args:
+      config: Architecture.
+      weights: Final norm and head are read.
+      hidden: Rows.
+      implementation: Of the product; only the default can be differentiated.
+    """
     x = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+    if prefers_llvm(implementation, x.dtype):
+        first = jnp.zeros((), jnp.int32)
+        options: dict[str, Any] = {"implementation": "llvm"}
+        if weights.lm_head is None:
+            return stacked_matmul_transposed((x,), (weights.embed[None],), first, **options)
+        return stacked_matmul(x, (weights.lm_head[None],), first, **options)[0]
     return jnp.dot(x, head_kernel(weights), preferred_element_type=jnp.float32)

@@ -33,7 +33,7 @@ from flexjax.optim.sums import GradSums
 from flexjax.step.fused import fused_layer
 from flexjax.step.rows import Backward, Forward, Walk, add_layer
 from flexjax.step.state import EngineState
-from pallas_kernels import can_run_triton, decode_attention, ragged_attention
+from pallas_kernels import can_run_llvm, can_run_triton, decode_attention, ragged_attention
 
 
 def co_serve_step(
@@ -105,7 +105,7 @@ def _layer_weights(walk: Walk, layer: Array | int) -> LayerWeights:
         return {name: array[layer] for name, array in layers.items()}
     if has_split_kernels(walk.weights):
         return StackedLayer(layers, jnp.asarray(layer, jnp.int32))
-    if walk.sizes.kernels == "reference" or not can_run_triton():
+    if walk.sizes.kernels == "reference" or not (can_run_triton() or can_run_llvm()):
         return {
             name: lax.dynamic_index_in_dim(array, jnp.asarray(layer), keepdims=False)
             for name, array in layers.items()

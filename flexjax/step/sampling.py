@@ -53,6 +53,8 @@ def sample_step(
     state: SampleState,
     packed: Int[Array, "n"],
     floats: Float[Array, "6 B"],
+    *,
+    implementation: str | None = "reference",
 ) -> tuple[SampleState, SampleOutput]:
     """Samples one token for each row.
 
@@ -62,6 +64,7 @@ def sample_step(
       state: Hidden rows that the step left; donated.
       packed: Integers, as `layout.sample_fields` describes them. `slots` is -1 for padding.
       floats: One row per name of `layout.SAMPLE_FLOATS`.
+      implementation: Of the head's product.
 
     Returns:
       The state with `next_tokens` and `output_counts` advanced, and what the host reads.
@@ -70,7 +73,7 @@ def sample_step(
     options: dict[str, Array] = dict(zip(SAMPLE_FLOATS, floats, strict=True))
     slots = jnp.maximum(rows["slots"], 0)
     wants = jnp.where(rows["slots"] >= 0, rows["wants"], 0)
-    raw = head_logits(config, weights, state.hidden[slots])
+    raw = head_logits(config, weights, state.hidden[slots], implementation)
     is_penalized = (wants & WANTS_PENALTIES) != 0
     adjusted = lax.cond(
         is_penalized.any(),

@@ -1,4 +1,4 @@
-"""The engine with GPU kernels, interpreted: the same outputs and the same exact gradients."""
+"""The engine with kernels, a GPU's interpreted: the same outputs and the same exact gradients."""
 
 import pytest
 from helpers import (
@@ -18,7 +18,9 @@ from helpers import (
     write_adapter,
 )
 
-from flexjax.config import KERNELS, EngineConfig, FinetuneConfig, LoraConfig, SamplingParams
+from flexjax.config import EngineConfig, FinetuneConfig, LoraConfig, SamplingParams
+from flexjax.engine.sizing import has_llvm
+from pallas_kernels import can_run_llvm
 
 # family, engine options, kernels; interpreted kernels take long to compile
 CASES = {
@@ -73,7 +75,28 @@ def run(config, weights, adapter_dir, prompts, rows, **options):
     ],
 )
 def test_kernels_change_nothing(case, interpreted, rng, tmp_path):
-    family, options, kernels = CASES[case]
+    check(rng, tmp_path, *CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"page_size": 16}),
+        ("qwen2", {"page_size": 4, "saved_activations": "inputs"}),
+        ("qwen3", {"page_size": 8, "tile_layers": 1, "tile_order": "layer_major"}),
+        ("mistral", {"page_size": 16}),
+    ],
+)
+def test_the_kernels_of_a_cpu_change_nothing(family, options, rng, tmp_path, monkeypatch):
+    monkeypatch.delenv("PALLAS_KERNELS_LLVM_LEVEL", raising=False)
+    if not can_run_llvm():
+        pytest.skip("needs llvmlite")
+    check(rng, tmp_path, family, options, "llvm")
+
+
+def check(rng, tmp_path, family, options, kernels):
+    """Runs the same work by the reference and by kernels, and compares both with `jax.grad`."""
     config = tiny_config(family, num_layers=2)
     weights = tiny_weights(config, seed=9)
     lora = LoraConfig(r=4, alpha=6.0)
@@ -82,13 +105,14 @@ def test_kernels_change_nothing(case, interpreted, rng, tmp_path):
     prompts = [draw_tokens(rng, n) for n in (19, 5, 11)]
     rows = draw_rows(rng, (21, 4, 9), is_masked=True)
     work = (config, weights, adapter_dir, prompts, rows)
-    plain, _ = run(*work, kernels="reference", **options)
+    plain, reference = run(*work, kernels="reference", **options)
     expected_loss, expected = whole_sequence_gradients(config, weights, arrays, lora.scale, rows)
     outputs, recorder = run(*work, kernels=kernels, **options)
     ((_, grads, loss),) = recorder.gradients
     error = worst_gradient_error(grads, expected)
+    assert worst_gradient_error(reference.gradients[0][1], expected) <= GRADIENT_TOLERANCE
     gap = max(logprob_gap(a, b) for a, b in zip(outputs, plain, strict=True))
-    print(f"{case}, {kernels}: gradients {error:.2e}, logprobs {gap:.2e}")
+    print(f"{family}, {kernels}: gradients {error:.2e}, logprobs {gap:.2e}")
     assert any(step.backward and (step.decode or step.prefill) for step in recorder.steps)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
     assert gap <= LOGPROB_TOLERANCE
@@ -98,9 +122,19 @@ def test_kernels_change_nothing(case, interpreted, rng, tmp_path):
 
 def test_triton_kernels_need_a_gpu():
     config = tiny_config("llama", num_layers=1)
-    for kernels in KERNELS[1:]:
+    for kernels in ("pallas_triton", "fused"):
         with pytest.raises(NotImplementedError, match="compute capability 8.0; found no NVIDIA"):
             make_engine(config, tiny_weights(config), kernels=kernels)
+
+
+def test_the_kernels_of_a_cpu_take_float32():
+    config = tiny_config("llama", num_layers=1)
+    with pytest.raises(ValueError, match="`dtype` must be float32 with `kernels`='llvm'; got bf"):
+        make_engine(config, tiny_weights(config), kernels="llvm", dtype="bfloat16")
+
+
+def test_host_and_kernels_agree_on_what_a_cpu_runs():
+    assert has_llvm() == can_run_llvm()
 
 
 def test_unknown_kernels():
