@@ -110,10 +110,9 @@ class Runner:
         set_compile_cache(config.compile_cache_dir)
         self.model = model
         self.sizing = sizing
-        is_cpu, implementation = jax.default_backend() == "cpu", sizing.step.implementation
-        # Where XLA multiplies; kernels of ours read a layer in its stack.
-        can_split = is_cpu and implementation in (None, "reference")
-        can_split = can_split and not prefers_llvm(implementation, sizing.dtype)
+        # For XLA's products; the CPU's kernels read a layer in its stack.
+        has_kernels = sizing.step.is_fused or prefers_llvm(sizing.step.implementation, sizing.dtype)
+        can_split = jax.default_backend() == "cpu" and not has_kernels
         self.weights = split_kernels(weights) if can_split else weights
         self.bank = init_bank(model, config.max_adapters, config.max_lora_rank, sizing.dtype)
         self.state = EngineState(

@@ -1,8 +1,8 @@
 """Kernels for the CPU, written in Python and compiled by LLVM when they are first traced.
 
-`builder` writes code, `compile` makes it callable from jitted programs, `gemm` and `vector` are
-what kernels share. All of them import llvmlite, which need not be installed: a backend asks
-`require_llvm` first, and imports its code after that.
+`builder` writes code, `compile` makes it callable from jitted programs, and kernels share products
+(`packing`, `gemm`, `few_rows`) and functions of vectors (`vector`). All of them import llvmlite,
+which need not be installed: a backend asks `require_llvm` first, and imports its code after that.
 """
 
 from __future__ import annotations

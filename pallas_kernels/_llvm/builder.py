@@ -249,11 +249,6 @@ class Builder:
         mask = ir.Constant(ir.VectorType(I32, len(order)), list(order))
         return Value(self, self.code.shuffle_vector(first.ir, second.ir, mask))
 
-    def lane_numbers(self) -> Value:
-        """The vector 0, 1, 2, ... of 32-bit integers."""
-        kind = ir.VectorType(I32, self.lanes)
-        return Value(self, ir.Constant(kind, list(range(self.lanes))))
-
     def int32(self, value: Value) -> Value:
         """An integer in 32 bits, in every lane of a vector."""
         narrow = Value(self, self.code.trunc(value.ir, I32))

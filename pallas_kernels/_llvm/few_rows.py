@@ -6,10 +6,9 @@ Each number of the result is summed in an order that depends on shapes alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pallas_kernels._llvm.builder import Builder, Number, Pointer, Value
-from pallas_kernels._llvm.gemm import Columns, Output, Rows, split_evenly
+from pallas_kernels._llvm.gemm import each_piece, each_step
+from pallas_kernels._llvm.packing import Columns, Output, Rows, split_evenly
 
 MAX_ROWS = 48
 """Above it, a packed panel of the right side is read often enough to pay."""
@@ -64,26 +63,8 @@ def product(
     write(b, rows, num_rows, columns, column_range, num_columns, depth, output)
 
 
-def _steps(
-    b: Builder,
-    column_range: tuple[Number, Number],
-    num_columns: int,
-    width: int,
-    step: Callable[[Value, int], None],
-) -> None:
-    """Loops over whole steps of columns; the rest goes to the task of the last step."""
-    first, behind = (b.integer(number) for number in column_range)
-    whole = num_columns // width
-    with b.loop(first, b.minimum(behind, b.integer(whole))) as index:
-        step(index * width, width)
-    if num_columns % width:
-        with b.when(behind > whole):
-            step(b.integer(whole * width), num_columns % width)
-
-
 def _by_columns(b, rows, num_rows, columns, column_range, num_columns, depth, output) -> None:
     width = columns_per_step(num_rows, b.lanes, is_contiguous=True)
-    pieces = split_evenly(depth, _DEPTH)
 
     def piece(start: Number, size: int, is_first: bool) -> None:
         is_added = output.is_added or not is_first
@@ -100,14 +81,9 @@ def _by_columns(b, rows, num_rows, columns, column_range, num_columns, depth, ou
                 else:
                     _narrow(b, at, strides, lines, size, count, is_added)
 
-        _steps(b, column_range, num_columns, width, step)
+        each_step(b, column_range, num_columns, width, step)
 
-    piece(0, pieces[0], True)
-    if len(pieces) > 2:
-        with b.loop(pieces[0], depth - pieces[-1], pieces[0]) as start:
-            piece(start, pieces[0], False)
-    if len(pieces) > 1:
-        piece(depth - pieces[-1], pieces[-1], False)
+    each_piece(b, split_evenly(depth, _DEPTH), piece)
 
 
 def _by_lines(b, rows, num_rows, columns, column_range, num_columns, depth, output) -> None:
@@ -200,7 +176,7 @@ def _by_dots(b, rows, num_rows, columns, column_range, num_columns, depth, outpu
             places = [output.base.at(column + line * output.row_stride) for line in lines]
             _dots(b, lefts, sources, depth, places, output.is_added)
 
-    _steps(b, column_range, num_columns, width, step)
+    each_step(b, column_range, num_columns, width, step)
 
 
 def _dots(b, lefts: list[Pointer], rights: list[Pointer], depth, places, is_added) -> None:

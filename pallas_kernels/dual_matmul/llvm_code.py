@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._llvm import few_rows, gemm
+from pallas_kernels._llvm import few_rows, gemm, packing
 from pallas_kernels._llvm.builder import Builder, Pointer, Value
 from pallas_kernels._llvm.compile import call, num_threads, vector_lanes
-from pallas_kernels._llvm.gemm import Columns, Output, Rows
+from pallas_kernels._llvm.packing import Columns, Output, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def shares(widths: Sequence[int], num_rows: int, *, is_contiguous: bool) -> list
 def step_columns(num_rows: int, *, is_contiguous: bool) -> int:
     """Columns that a task is a multiple of."""
     if num_rows > few_rows.MAX_ROWS:
-        return gemm.panel_columns()
+        return packing.panel_columns()
     return few_rows.columns_per_step(num_rows, vector_lanes(), is_contiguous=is_contiguous)
 
 
@@ -73,14 +73,14 @@ def pack(x: Float[Array, "T I"]) -> Array:
     num_rows, depth = x.shape
     if num_rows <= few_rows.MAX_ROWS:
         return x
-    tile, stride = gemm.tile_rows(), gemm.tile_stride(depth)
-    pieces = gemm.split_evenly(num_rows, -(-num_rows // (2 * num_threads())), tile)
+    tile, stride = packing.tile_rows(), packing.tile_stride(depth)
+    pieces = packing.split_evenly(num_rows, -(-num_rows // (2 * num_threads())), tile)
 
     def body(b: Builder, task: Value, x: Pointer, packed: Pointer) -> None:
         first = task * pieces[0]
         count = b.minimum(b.integer(num_rows) - first, b.integer(pieces[0]))
         rows, target = Rows(x, depth).from_row(first), packed.at(first // tile * stride)
-        gemm.pack_rows(b, rows, count, num_rows % tile, depth, target, stride)
+        packing.pack_rows(b, rows, count, num_rows % tile, depth, target, stride)
 
     size = -(-num_rows // tile) * stride
     result = jax.ShapeDtypeStruct((size,), jnp.float32)
@@ -119,7 +119,7 @@ def forward(
     layer: Int[Array, ""],
     accs: tuple[Float[Array, "T _"] | None, ...],
 ) -> tuple[Array, ...]:
-    """(acc_k + x W_k[layer], ...)."""
+    """Sums acc_k + x W_k[layer] of each kernel, float32 [T, out]; accs may be overwritten."""
     num_rows, depth = x.shape
     widths = [kernel.shape[2] for kernel in kernels]
     cut = shares(widths, num_rows, is_contiguous=True)
@@ -156,7 +156,7 @@ def backward(
     layer: Int[Array, ""],
     acc: Float[Array, "M Q"] | None,
 ) -> Float[Array, "M Q"]:
-    """Acc + sum_k dY_k W_k[layer]^T."""
+    """Sums acc + dY_k W_k[layer]^T over the kernels, float32 [M, Q]; acc may be overwritten."""
     num_rows, num_columns = d_ys[0].shape[0], kernels[0].shape[1]
     depths = [kernel.shape[2] for kernel in kernels]
     (share,) = shares([num_columns], num_rows, is_contiguous=False)

@@ -18,20 +18,16 @@ def grouped_lora_many(
     accs: Sequence[Array],
     lora_a: Sequence[Array],
     lora_b: Sequence[Array],
-    scale: Float[Array, "A"],
-    layer: Int[Array, ""],
-    row_slots: Int[Array, "T"],
-    active_slots: Int[Array, "n"],
-    num_active: Int[Array, ""],
-    *,
+    *rows: Array,
     groups: RowGroups | None = None,
     ranks: Int[Array, "A"] | None = None,
 ) -> tuple[Array, ...]:
-    """See `api.grouped_lora_many`."""
-    del active_slots, num_active, groups, ranks  # neighbouring rows of one slot go together
+    """See `api.grouped_lora_many`; `rows` are its arguments from `scale` on."""
+    del groups, ranks  # neighbouring rows of one slot go together, whichever slots are active
     _require("grouped_lora", x, lora_a, lora_b)
     from pallas_kernels.grouped_lora import llvm_code
 
+    scale, layer, row_slots, *_ = rows
     return llvm_code.forward(x, accs, lora_a, lora_b, scale, layer, row_slots)
 
 
@@ -41,23 +37,19 @@ def grouped_lora_backward(
     d_x: Float[Array, "T I"],
     lora_a: Float[Array, "A L I R"],
     lora_b: Float[Array, "A L R O"],
-    scale: Float[Array, "A"],
-    layer: Int[Array, ""],
-    row_slots: Int[Array, "T"],
-    active_slots: Int[Array, "n"],
-    num_active: Int[Array, ""],
-    *,
+    *rows: Array,
     groups: RowGroups | None = None,
     ranks: Int[Array, "A"] | None = None,
 ) -> tuple[Float[Array, "T I"], Float[Array, "n I R"], Float[Array, "n R O"]]:
-    """See `api.grouped_lora_backward`."""
+    """See `api.grouped_lora_backward`; `rows` are its arguments from `scale` on."""
     del groups, ranks
     _require("grouped_lora_backward", x, (lora_a,), (lora_b,))
     from pallas_kernels.grouped_lora import llvm_code
 
+    scale, layer, *slots = rows  # of each row, those that are active, and how many
     d_y = d_y.astype(x.dtype)
-    d_x, h, d_h = llvm_code.through_bottleneck(x, d_y, d_x, lora_a, lora_b, scale, layer, row_slots)
-    slots = (row_slots, active_slots, num_active)
+    weights = (lora_a, lora_b, scale, layer, slots[0])
+    d_x, h, d_h = llvm_code.through_bottleneck(x, d_y, d_x, *weights)
     d_a = llvm_code.outer(x, d_h, *slots)
     d_b = llvm_code.outer(d_y, h, *slots)
     return d_x, d_a, d_b.swapaxes(1, 2)

@@ -17,11 +17,19 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels._llvm import gemm
 from pallas_kernels._llvm.builder import Builder, Number, Pointer, Value
 from pallas_kernels._llvm.compile import call, num_threads
-from pallas_kernels._llvm.gemm import Columns, Output, Rows, split_evenly, tile_rows
+from pallas_kernels._llvm.packing import (
+    VECTORS,
+    Columns,
+    Output,
+    Rows,
+    pack,
+    panel_columns,
+    split_evenly,
+    tile_rows,
+)
 
 _MAX_TASK_ROWS = 132
 _FEW_ROWS = 16
-_DEPTH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +118,17 @@ class _Task:
           depth: Length of the contracted axis.
           output: Where row 0 and column 0 of the product go.
         """
-        b, full = self.b, gemm.panel_columns()
+        b, full = self.b, panel_columns()
 
         def block(start: Number, size: int, is_first: bool) -> None:
-            whole = num_columns // full * full
-            left = Rows(rows.base.at(b.integer(start) * rows.k_stride), rows.row_stride)
-            is_added = output.is_added or not is_first
+            left, is_added = rows.from_k(start), output.is_added or not is_first
 
-            def one(column: Number, width: int) -> None:
+            def step(column: Value, width: int) -> None:
                 self._panel(left, columns, (start, size), (column, width), output, is_added)
 
-            with b.loop(0, whole, full) as column:
-                one(column, full)
-            if num_columns > whole:
-                one(b.integer(whole), num_columns - whole)
+            gemm.each_step(b, (0, -(-num_columns // full)), num_columns, full, step)
 
-        _each_piece(b, depth, block)
+        gemm.each_piece(b, split_evenly(depth, gemm.DEPTH), block)
 
     def _panel(self, left, columns, depth_range, column_range, output, is_added) -> None:
         b, (start, size), (column, width) = self.b, depth_range, column_range
@@ -133,14 +136,10 @@ class _Task:
 
         def tile(row: Value, num_rows: int, slot: Value) -> None:
             with b.when(packed.get().differs(slot)):
-                right = columns(slot)
-                base = right.base.at(column * right.column_stride)
-                at = Columns(base, right.k_stride, right.column_stride)
-                gemm.pack(b, at, start, size, width, self.panel)
+                pack(b, columns(slot).from_column(column), start, size, width, self.panel)
                 packed.set(slot)
-            sums = b.zeros(num_rows, gemm.panel_columns() // b.lanes)
-            at = Rows(left.base.at(row * left.row_stride), left.row_stride)
-            gemm.multiply_tile(b, at, num_rows, size, self.panel, sums)
+            sums = b.zeros(num_rows, VECTORS)
+            gemm.multiply_tile(b, left.from_row(row), num_rows, size, self.panel, sums)
             place = output.base.at(row * output.row_stride).at(column)
             gemm.store_tile(b, sums, place, output.row_stride, width, is_added)
 
@@ -181,17 +180,6 @@ class _Weights:
         return lambda slot: Columns(self.at(slot, layer), *strides)
 
 
-def _each_piece(b: Builder, depth: int, piece: Callable[[Number, int, bool], None]) -> None:
-    """Calls `piece(start, size, is_first)` for pieces of the contracted axis, in order."""
-    sizes = split_evenly(depth, _DEPTH)
-    piece(0, sizes[0], True)
-    if len(sizes) > 2:
-        with b.loop(sizes[0], depth - sizes[-1], sizes[0]) as start:
-            piece(start, sizes[0], False)
-    if len(sizes) > 1:
-        piece(depth - sizes[-1], sizes[-1], False)
-
-
 def forward(
     x: Float[Array, "T I"],
     accs: Sequence[Array],
@@ -201,7 +189,7 @@ def forward(
     layer: Int[Array, ""],
     row_slots: Int[Array, "T"],
 ) -> tuple[Array, ...]:
-    """Acc + scale[s] (x A_s) B_s for each linear."""
+    """Sums acc + scale[s] (x A_s) B_s of each linear, float32 [T, O]; accs may be overwritten."""
     (num_rows, depth), rank, count = x.shape, lora_a[0].shape[3], len(accs)
     cut = RowTiles.cut(num_rows)
     shapes = [weights.shape for weights in (*lora_a, *lora_b)]
@@ -209,7 +197,7 @@ def forward(
     def body(b: Builder, task: Value, layer, slots, scale, x, *buffers: Pointer) -> None:
         stacks = [_Weights(*pair) for pair in zip(buffers, shapes, strict=False)]
         *ys, bottleneck = buffers[len(buffers) - count - 1 :]
-        now, write = layer[0], _Task(b, cut, task, slots, b.buffer(_DEPTH * gemm.panel_columns()))
+        now, write = layer[0], _Task(b, cut, task, slots, b.buffer(gemm.DEPTH * panel_columns()))
         for a, weights, y in zip(stacks[:count], stacks[count:], ys, strict=True):
             middle = Output(bottleneck, rank)
             write.product(Rows(x, depth), a.columns(now), rank, depth, middle)
@@ -255,7 +243,7 @@ def through_bottleneck(
 
     def body(b, task, layer, slots, scale, x, d_y, a, weights, old, d_x, h, d_h) -> None:
         del old  # is d_x
-        now, write = layer[0], _Task(b, cut, task, slots, b.buffer(_DEPTH * gemm.panel_columns()))
+        now, write = layer[0], _Task(b, cut, task, slots, b.buffer(gemm.DEPTH * panel_columns()))
         stack_a, stack_b = _Weights(a, lora_a.shape), _Weights(weights, lora_b.shape)
         write.product(Rows(x, width), stack_a.columns(now), rank, width, Output(h, rank))
         left, turned = Rows(d_y, out_width), stack_b.columns(now, is_turned=True)
@@ -291,11 +279,11 @@ def outer(
     No number of another slot's row is read, so what is not finite stays where it is.
     """
     (num_rows, width), rank, num_slots = rows.shape, bottlenecks.shape[1], active_slots.shape[0]
-    tile, full = tile_rows(), gemm.panel_columns()
+    tile, full = tile_rows(), panel_columns()
     pieces = split_evenly(width, max(tile, -(-width // (2 * num_threads()))), tile)
 
     def body(b: Builder, task: Value, slots, active, num, rows, bottlenecks, out) -> None:
-        panel = b.buffer(_DEPTH * full)
+        panel = b.buffer(gemm.DEPTH * full)
         index, piece = task // len(pieces), task % len(pieces)
         first, place = piece * pieces[0], out.at(index * (width * rank))
         slot = b.select(index < num[0], active[index], b.integer(-2))
@@ -305,7 +293,7 @@ def outer(
             for column in range(0, rank, full):
                 used = min(full, rank - column)
                 at = Columns(bottlenecks.at(start * rank + column), rank)
-                gemm.pack(b, at, 0, stop - start, used, panel)
+                pack(b, at, 0, stop - start, used, panel)
                 target = Output(place.at(column), rank, is_added=True)
                 gemm.sweep(b, left, (first, count), stop - start, panel, target, used,
                            is_first=False)  # fmt: skip
@@ -348,7 +336,7 @@ def _each_run(
     with b.loop(0, num_rows) as start:
         with b.when((start >= behind.get()) & slots[start].equals(slot)):
             stop.set(start)
-            with b.loop(start, b.minimum(start + _DEPTH, b.integer(num_rows))) as row:
+            with b.loop(start, b.minimum(start + gemm.DEPTH, b.integer(num_rows))) as row:
                 with b.when(stop.get().equals(row) & slots[row].equals(slot)):
                     stop.set(row + 1)
             run(start, stop.get())

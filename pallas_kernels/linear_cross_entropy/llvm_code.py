@@ -23,19 +23,15 @@ from collections.abc import Callable
 
 from pallas_kernels._llvm import vector
 from pallas_kernels._llvm.builder import Builder, Number, Pointer, Value
-from pallas_kernels._llvm.gemm import (
+from pallas_kernels._llvm.gemm import DEPTH, each_piece, multiply_tile, store_tile
+from pallas_kernels._llvm.packing import (
     Rows,
-    multiply_tile,
     pack_rows,
     panel_columns,
     split_evenly,
-    store_tile,
     tile_rows,
     tile_stride,
 )
-
-_DEPTH = 256
-"""Length of the contracted axis of a panel, at most: D, or tokens of a block of the vocabulary."""
 
 _SPLITS = 8
 _SCRATCH_BYTES = 2**26
@@ -86,14 +82,14 @@ class Sizes:
     @property
     def pieces(self) -> list[int]:
         """D in pieces, the depths of panels."""
-        return split_evenly(self.dim, _DEPTH, 8)
+        return split_evenly(self.dim, DEPTH, 8)
 
     @property
     def split_tiles(self) -> int:
         """Tiles of the vocabulary of a task."""
         tiles = -(-self.vocab // tile_rows())
-        blocks = -(-self.vocab // _DEPTH)
-        bytes_per_split = 4 * (self.padded_rows * self.padded_dim + 2 * _DEPTH * self.padded_dim)
+        blocks = -(-self.vocab // DEPTH)
+        bytes_per_split = 4 * (self.padded_rows * self.padded_dim + 2 * DEPTH * self.padded_dim)
         affordable = max(_SCRATCH_BYTES // bytes_per_split, 4)
         return -(-tiles // min(_SPLITS, affordable, blocks))
 
@@ -105,7 +101,7 @@ class Sizes:
     @property
     def block_tiles(self) -> int:
         """Tiles of a block of the vocabulary."""
-        return split_evenly(self.split_tiles, _DEPTH // tile_rows())[0]
+        return split_evenly(self.split_tiles, DEPTH // tile_rows())[0]
 
     @property
     def block_tokens(self) -> int:
@@ -312,18 +308,12 @@ def _logits(b: Builder, part: _Part, panel: Value, width: Value) -> None:
     num_tiles = (width + (tile - 1)) // tile
     rows = part.packed.at(panel * (full * sizes.dim))
 
-    def one_piece(first: Number, size: int, *, is_added: bool) -> None:
+    def piece(first: Number, size: int, is_first: bool) -> None:
         first = b.integer(first)
         tiles = _Tiles(part.tokens.at(first * tile), sizes.token_stride, num_tiles)
-        _sweep(b, tiles, size, rows.at(first * full), part.logits, is_added=is_added)
+        _sweep(b, tiles, size, rows.at(first * full), part.logits, is_added=not is_first)
 
-    pieces = sizes.pieces
-    one_piece(0, pieces[0], is_added=False)
-    if len(pieces) > 2:
-        with b.loop(pieces[0], sum(pieces[:-1]), pieces[0]) as first:
-            one_piece(first, pieces[0], is_added=True)
-    if len(pieces) > 1:
-        one_piece(sum(pieces[:-1]), pieces[-1], is_added=True)
+    each_piece(b, sizes.pieces, piece)
     with b.loop(width * full, num_tiles * (tile * full), b.lanes) as n:
         part.logits.store(n, b.splat(float("-inf")))
 

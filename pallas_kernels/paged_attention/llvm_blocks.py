@@ -14,7 +14,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from pallas_kernels._llvm.builder import Builder, Number, Pointer, Value
-from pallas_kernels._llvm.gemm import Rows, multiply_tile, panel_columns, tile_rows, transpose
+from pallas_kernels._llvm.gemm import multiply_tile
+from pallas_kernels._llvm.packing import Rows, panel_columns, tile_rows, transpose
 
 LINE = 16
 """Float32 numbers in a line of the caches."""

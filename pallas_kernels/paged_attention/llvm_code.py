@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pallas_kernels._llvm.builder import Builder, Pointer, Value
 from pallas_kernels._llvm.compile import Body
-from pallas_kernels._llvm.gemm import Rows, panel_columns, tile_rows, transpose
+from pallas_kernels._llvm.packing import Rows, panel_columns, tile_rows, transpose
 from pallas_kernels._llvm.vector import exp
 from pallas_kernels.paged_attention.llvm_blocks import (
     LINE,

@@ -127,6 +127,18 @@ def test_triton_kernels_need_a_gpu():
             make_engine(config, tiny_weights(config), kernels=kernels)
 
 
+@pytest.mark.parametrize(("kernels", "is_ours"), [(None, True), ("reference", False)])
+def test_a_cpu_runs_its_kernels_by_default(kernels, is_ours):
+    if not can_run_llvm():
+        pytest.skip("needs llvmlite")
+    config = tiny_config("llama", num_layers=1)
+    programs = make_engine(config, tiny_weights(config), kernels=kernels)._runner.programs
+    steps = [program for key, program in programs._compiled.items() if key[0] == "step"]
+    assert steps
+    for step in steps:
+        assert ("pallas_kernels_stacked_matmul" in step.as_text()) == is_ours
+
+
 def test_the_kernels_of_a_cpu_take_float32():
     config = tiny_config("llama", num_layers=1)
     with pytest.raises(ValueError, match="`dtype` must be float32 with `kernels`='llvm'; got bf"):

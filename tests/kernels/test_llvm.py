@@ -10,6 +10,7 @@ from jax import lax
 
 llvm_compile = pytest.importorskip("pallas_kernels._llvm.compile", reason="needs llvmlite")
 gemm = pytest.importorskip("pallas_kernels._llvm.gemm", reason="needs llvmlite")
+packing = pytest.importorskip("pallas_kernels._llvm.packing", reason="needs llvmlite")
 vector = pytest.importorskip("pallas_kernels._llvm.vector", reason="needs llvmlite")
 
 
@@ -22,15 +23,15 @@ def multiply(x, w, acc=None, *, turned_x=False, turned_w=False, rows=None, num_t
     (k, t) = x.shape if turned_x else x.shape[::-1]
     o = w.shape[0] if turned_w else w.shape[1]
     first, count = rows or (0, t)
-    panels = -(-o // gemm.panel_columns())
+    panels = -(-o // packing.panel_columns())
     per_task = -(-panels // num_tasks)
 
     def body(b, task, x, w, *output):
-        left = gemm.Rows(x, 1, t) if turned_x else gemm.Rows(x, k)
-        right = gemm.Columns(w, 1, k) if turned_w else gemm.Columns(w, o)
+        left = packing.Rows(x, 1, t) if turned_x else packing.Rows(x, k)
+        right = packing.Columns(w, 1, k) if turned_w else packing.Columns(w, o)
         start = task * per_task
         columns = start, b.minimum(start + per_task, b.integer(panels))
-        place = gemm.Output(output[-1], o, is_added=acc is not None)
+        place = packing.Output(output[-1], o, is_added=acc is not None)
         gemm.product(b, left, (first, count), right, columns, o, k, place)
 
     statics = (turned_x, turned_w, first, count, per_task, acc is not None)
@@ -85,12 +86,12 @@ def test_product_of_some_rows(rng, rows):
 @pytest.mark.parametrize(("num_rows", "depth"), [(12, 16), (29, 37), (3, 5), (24, 1)])
 @pytest.mark.parametrize("is_turned", [False, True])
 def test_pack_rows(rng, num_rows, depth, is_turned):
-    tile = gemm.tile_rows()
-    tiles, stride = -(-num_rows // tile), gemm.tile_stride(depth)
+    tile = packing.tile_rows()
+    tiles, stride = -(-num_rows // tile), packing.tile_stride(depth)
 
     def body(b, task, source, target):
-        rows = gemm.Rows(source, 1, num_rows) if is_turned else gemm.Rows(source, depth)
-        gemm.pack_rows(b, rows, num_rows, num_rows % tile, depth, target, stride)
+        rows = packing.Rows(source, 1, num_rows) if is_turned else packing.Rows(source, depth)
+        packing.pack_rows(b, rows, num_rows, num_rows % tile, depth, target, stride)
 
     x = rng.standard_normal((num_rows, depth)).astype(np.float32)
     given = jnp.asarray(x.T if is_turned else x)
@@ -109,7 +110,7 @@ def test_transpose():
 
     def body(b, task, x, y):
         rows = [x.vector(n * lanes, lanes) for n in range(lanes)]
-        for n, row in enumerate(gemm.transpose(b, rows)):
+        for n, row in enumerate(packing.transpose(b, rows)):
             y.store(n * lanes, row)
 
     x = jnp.arange(lanes * lanes, dtype=jnp.float32).reshape(lanes, lanes)
