@@ -206,9 +206,10 @@ def _forward_window(
         recorded = {INPUT: x}
         plain = tile_linear(layer_weights, layer_lora, problem.scale, {}, _implementation())
 
-        def linear(name: str, value: Array) -> Array:
-            recorded[name] = plain(name, value)
-            return recorded[name]
+        def linear(names: Sequence[str], value: Array) -> Sequence[Array]:
+            ys = plain(names, value)
+            recorded.update(zip(names, ys, strict=True))
+            return ys
 
         q, k, v = pre_attention(config, layer_weights, linear, x, rows.positions)
         pool = write_tokens(pool, layer, rows.slots, k, v)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexjax.lora.bank import AdapterBank, LoraTree
-from flexjax.models.layers import Kernel, LayerWeights, Linear, kernel_of, product
-from pallas_kernels import RowGroups, grouped_lora, grouped_lora_backward, prefers_llvm
+from flexjax.models.layers import (
+    Kernels,
+    LayerWeights,
+    Linear,
+    add_bias,
+    kernels_of,
+    products,
+)
+from pallas_kernels import RowGroups, grouped_lora_backward, grouped_lora_many, prefers_llvm
 
 
 class AdapterRows(NamedTuple):
@@ -52,21 +59,24 @@ def bank_linear(
       num_decode: Rows at the front that decode. They are few and of many adapters; without row
         groups, where an adapter costs a product of all rows, they get products of their own.
     """
-    options = {"groups": rows.groups, "implementation": implementation}
+    is_whole = rows.groups is not None or num_decode == 0
 
-    def add_deltas(name: str, x: Array, acc: Array, slots: Array) -> Array:
-        a, b = bank.a[name], bank.b[name]
-        return grouped_lora(
-            x, acc, a, b, bank.scale, layer, slots, rows.active, rows.num_active, **options
-        )
+    def add_deltas(names: Sequence[str], x: Array, accs: Sequence[Array], part: slice) -> Any:
+        a, b = ([side[name] for name in names] for side in (bank.a, bank.b))
+        given = (bank.scale, layer, rows.slots[part], rows.active, rows.num_active)
+        options: dict[str, Any] = {"groups": rows.groups, "implementation": implementation}
+        accs = [acc[part] for acc in accs]
+        return grouped_lora_many(x[part], accs, a, b, *given, **options)
 
-    def linear(name: str, x: Array) -> Array:
-        acc, at = product(weights, name, x), num_decode
-        if rows.groups is not None or not 0 < at < x.shape[0]:
-            return add_deltas(name, x, acc, rows.slots).astype(x.dtype)
-        parts = (slice(0, at), slice(at, None))
-        ys = [add_deltas(name, x[part], acc[part], rows.slots[part]) for part in parts]
-        return jnp.concatenate(ys).astype(x.dtype)
+    def linear(names: Sequence[str], x: Array) -> list[Array]:
+        accs = products(weights, names, x)
+        if is_whole or num_decode >= x.shape[0]:
+            ys = add_deltas(names, x, accs, slice(None))
+        else:
+            parts = (slice(0, num_decode), slice(num_decode, None))
+            pairs = zip(*(add_deltas(names, x, accs, part) for part in parts), strict=True)
+            ys = [jnp.concatenate(pair) for pair in pairs]
+        return [y.astype(x.dtype) for y in ys]
 
     return linear
 
@@ -91,10 +101,11 @@ def tile_linear(
       implementation: Of the backward products of the adapter.
     """
 
-    def linear(name: str, x: Array) -> Array:
-        kernel, bias = kernel_of(weights, name), weights.get(f"{name}.bias")
-        a, b = lora.a[name], lora.b[name]
-        return _adapted(implementation, x, a, b, kernel, bias, scale, kept.get(name))
+    def linear(names: Sequence[str], x: Array) -> tuple[Array, ...]:
+        pairs = tuple((lora.a[name], lora.b[name]) for name in names)
+        biases = tuple(weights.get(f"{name}.bias") for name in names)
+        found = tuple(kept.get(name) for name in names)
+        return _adapted(implementation, x, pairs, kernels_of(weights, names), biases, scale, found)
 
     return linear
 
@@ -103,30 +114,28 @@ def tile_linear(
 def _adapted(
     implementation: str | None,
     x: Array,
-    a: Array,
-    b: Array,
-    kernel: Kernel,
-    bias: Array | None,
+    pairs: tuple[tuple[Array, Array], ...],
+    kernels: Kernels,
+    biases: tuple[Array | None, ...],
     scale: Array,
-    kept: Array | None,
-) -> Array:
-    """Returns x W + bias + scale x A B in the dtype of x, or `kept`, which is that value."""
+    kept: tuple[Array | None, ...],
+) -> tuple[Array, ...]:
+    """Returns x W + bias + scale x A B in the dtype of x, or what is kept, which is that value."""
     del implementation  # of the backward pass
-    if kept is not None:
-        return kept
-    y = kernel.multiply(x)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)[None, :]
-    bottleneck = jnp.dot(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * scale
-    delta = jnp.dot(
-        bottleneck.astype(x.dtype), b.astype(x.dtype), preferred_element_type=jnp.float32
-    )
-    return (y + delta).astype(x.dtype)
+    ys: list[Any] = list(kept)
+    missing = [n for n, y in enumerate(kept) if y is None]
+    accs = kernels.take(missing).multiply(x) if missing else ()
+    for n, acc in zip(missing, accs, strict=True):
+        a, b = (matrix.astype(x.dtype) for matrix in pairs[n])
+        bottleneck = jnp.dot(x, a, preferred_element_type=jnp.float32) * scale
+        delta = jnp.dot(bottleneck.astype(x.dtype), b, preferred_element_type=jnp.float32)
+        ys[n] = (add_bias(acc, biases[n]) + delta).astype(x.dtype)
+    return tuple(ys)
 
 
-def _adapted_forward(implementation, x, a, b, kernel, bias, scale, kept):
-    y = _adapted(implementation, x, a, b, kernel, bias, scale, kept)
-    return y, (x, a, b, kernel, scale)
+def _adapted_forward(implementation, x, pairs, kernels, biases, scale, kept):
+    ys = _adapted(implementation, x, pairs, kernels, biases, scale, kept)
+    return ys, (x, pairs, kernels, scale)
 
 
 def _contract(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
@@ -158,15 +167,18 @@ def _gradients_in_place(x, dy, dx, a, b, scale):
     return dx, da[0], db[0]
 
 
-def _adapted_backward(implementation, residuals, dy):
-    x, a, b, kernel, scale = residuals
-    if prefers_llvm(implementation, x.dtype):
-        dx = kernel.multiply_transposed(dy)
-        dx, da, db = _gradients_in_place(x, dy, dx, a, b, scale)
-    else:
-        dx, da, db = linear_gradients(x, dy, a, b, scale)
-        dx = dx + kernel.multiply_transposed(dy)
-    return dx.astype(x.dtype), da, db, None, None, None, None
+def _adapted_backward(implementation, residuals, d_ys):
+    x, pairs, kernels, scale = residuals
+    dx = kernels.multiply_transposed(d_ys)
+    d_pairs = []
+    for dy, (a, b) in zip(d_ys, pairs, strict=True):
+        if prefers_llvm(implementation, x.dtype):
+            dx, da, db = _gradients_in_place(x, dy, dx, a, b, scale)
+        else:
+            d_delta, da, db = linear_gradients(x, dy, a, b, scale)
+            dx = dx + d_delta
+        d_pairs.append((da, db))
+    return dx.astype(x.dtype), tuple(d_pairs), None, None, None, None
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)

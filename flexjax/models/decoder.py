@@ -7,7 +7,7 @@ it once, at load, and below that there are only pure functions over `DecoderWeig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from flexjax.models.layers import (
     logits,
     post_attention,
     pre_attention,
-    product,
+    products,
 )
 from flexjax.models.weights import DecoderWeights, random_weights, weight_specs
 
@@ -102,14 +102,17 @@ def lora_linear(
 ) -> Linear:
     """Linears of one layer with one adapter for all rows; differentiable in the adapter."""
 
-    def linear(name: str, x: Array) -> Array:
-        y = product(weights, name, x)
+    def add_delta(name: str, x: Array, y: Array) -> Array:
         if name in lora:
             a, b = lora[name]["A"], lora[name]["B"]
             bottleneck = jnp.dot(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * scale
             bottleneck = bottleneck.astype(x.dtype)
             y = y + jnp.dot(bottleneck, b.astype(x.dtype), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
+
+    def linear(names: Sequence[str], x: Array) -> list[Array]:
+        ys = products(weights, names, x)
+        return [add_delta(name, x, y) for name, y in zip(names, ys, strict=True)]
 
     return linear
 

@@ -1,15 +1,16 @@
 """The decoder layer as pure functions.
 
 A layer is two halves around attention, `pre_attention(x) -> q, k, v` and `post_attention(x, attn)
--> y`. Both take their linears as a function `linear(name, x)`, so that the same code serves plain
-decoding, rows with different adapters, and the backward pass with kept outputs.
+-> y`. Both take their linears as a function `linear(names, x)`, so that the same code serves plain
+decoding, rows with different adapters, and the backward pass with kept outputs. Linears that read
+the same rows (q, k and v; gate and up) are asked for together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
 from pallas_kernels import prefers_llvm, stacked_matmul, stacked_matmul_transposed
 
-Linear = Callable[[str, Array], Array]
-"""`linear(name, x[T, in]) -> [T, out]`, in the dtype of x."""
+Linear = Callable[[Sequence[str], Array], Sequence[Array]]
+"""`linear(names, x[T, in])`: the output [T, out] of each linear, in the dtype of x."""
 
 LayerWeights = Mapping[str, Array]
 """One layer's arrays by name, without the layer axis."""
@@ -53,7 +54,7 @@ class StackedLayer(Mapping[str, Array]):
 
     XLA copies a layer's kernel out of its stack before a product reads it, which triples what a
     step of few rows moves. Here products take the arrays of all layers and the layer's index, see
-    `Kernel`; only the small arrays are sliced.
+    `Kernels`; only the small arrays are sliced.
     """
 
     def __init__(
@@ -76,52 +77,61 @@ class StackedLayer(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._stacks)
 
-    def kernel(self, name: str) -> Kernel:
-        """The kernel of a linear, in its stack."""
-        return Kernel(self._stacks[f"{name}.kernel"], self._layer, self._implementation)
+    def kernels(self, names: Sequence[str]) -> Kernels:
+        """The kernels of some linears, in their stacks."""
+        arrays = tuple(self._stacks[f"{name}.kernel"] for name in names)
+        return Kernels(arrays, self._layer, self._implementation)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """The kernel of one linear.
+class Kernels:
+    """The kernels of linears that read the same rows.
 
     Attributes:
-      array: [in, out]; or the kernels of all layers: one array with their axis first, which goes to
-        a kernel that reads it in place, or a tuple of arrays, of which a branch takes one.
-      layer: Layer to read of all, int32; None for a kernel of its own.
-      implementation: Of the products with a stack; static.
+      arrays: Of each linear [in, out]; or the kernels of all layers: one array with their axis
+        first, which goes to a kernel that reads it in place, or a tuple of arrays, of which a
+        branch takes one.
+      layer: Layer to read of all, int32; None for kernels of their own.
+      implementation: Of the products with stacks; static.
     """
 
-    array: Any  # an array, but for what jax puts into a tree in its place
+    arrays: tuple[Any, ...]  # arrays, but for what jax puts into a tree in their place
     layer: Any = None
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def multiply(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-        """Returns X W, float32."""
-        if self.layer is None:
-            return _multiply(x, self.array)
-        if isinstance(self.array, tuple):
-            return self._choose(_multiply, x)
-        kernels = (self.array,)
-        return stacked_matmul(x, kernels, self.layer, implementation=self.implementation)[0]
+    def take(self, indices: Sequence[int]) -> Kernels:
+        """Those of some of the linears."""
+        return dataclasses.replace(self, arrays=tuple(self.arrays[n] for n in indices))
 
-    def multiply_transposed(self, dy: Float[Array, "T O"]) -> Float[Array, "T I"]:
-        """Returns dY W^T, float32."""
-        if self.layer is None:
-            return _multiply_transposed(dy, self.array)
-        if isinstance(self.array, tuple):
-            return self._choose(_multiply_transposed, dy)
+    def multiply(self, x: Float[Array, "T I"]) -> tuple[Float[Array, "T _"], ...]:
+        """Returns X W of each, float32."""
+        if not self._is_stacked():
+            return tuple(self._choose(_multiply, x, array) for array in self.arrays)
+        return stacked_matmul(x, self.arrays, self.layer, implementation=self.implementation)
+
+    def multiply_transposed(self, d_ys: Sequence[Float[Array, "T _"]]) -> Float[Array, "T I"]:
+        """Returns the sum of dY W^T over all, float32."""
+        if not self._is_stacked():
+            pairs = zip(d_ys, self.arrays, strict=True)
+            terms = (self._choose(_multiply_transposed, d_y, array) for d_y, array in pairs)
+            return functools.reduce(jnp.add, terms)
         return stacked_matmul_transposed(
-            (dy,), (self.array,), self.layer, implementation=self.implementation
+            d_ys, self.arrays, self.layer, implementation=self.implementation
         )
 
-    def _choose(self, multiply: Callable[[Array, Array], Array], rows: Array) -> Array:
+    def _is_stacked(self) -> bool:
+        return self.layer is not None and not isinstance(self.arrays[0], tuple)
+
+    def _choose(self, multiply: Callable[[Array, Array], Array], rows: Array, array: Any) -> Array:
+        if self.layer is None:
+            return multiply(rows, array)
+
         def branch(index: int, rows: Array, kernels: tuple[Array, ...]) -> Array:
             return multiply(rows, kernels[index])
 
-        branches = [functools.partial(branch, index) for index in range(len(self.array))]
-        return lax.switch(self.layer, branches, rows, self.array)
+        branches = [functools.partial(branch, index) for index in range(len(array))]
+        return lax.switch(self.layer, branches, rows, array)
 
 
 def _multiply(x: Array, kernel: Array) -> Array:
@@ -133,23 +143,29 @@ def _multiply_transposed(dy: Array, kernel: Array) -> Array:
     return lax.dot_general(dy, kernel, dims, preferred_element_type=jnp.float32)
 
 
-def kernel_of(weights: LayerWeights, name: str) -> Kernel:
-    """The kernel of a linear of one layer."""
+def kernels_of(weights: LayerWeights, names: Sequence[str]) -> Kernels:
+    """The kernels of some linears of one layer, which read the same rows."""
     if isinstance(weights, StackedLayer):
-        return weights.kernel(name)
-    return Kernel(weights[f"{name}.kernel"])
+        return weights.kernels(names)
+    return Kernels(tuple(weights[f"{name}.kernel"] for name in names))
 
 
-def product(weights: LayerWeights, name: str, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-    """X W (+ bias), float32: what a linear yields before adapters and the cast to x's dtype."""
-    y = kernel_of(weights, name).multiply(x)
-    bias = weights.get(f"{name}.bias")
+def add_bias(y: Float[Array, "T O"], bias: Float[Array, "O"] | None) -> Float[Array, "T O"]:
+    """Adds a linear's bias, if it has one, to its float32 product."""
     return y if bias is None else y + bias.astype(jnp.float32)[None, :]
+
+
+def products(
+    weights: LayerWeights, names: Sequence[str], x: Float[Array, "T I"]
+) -> list[Float[Array, "T _"]]:
+    """X W (+ bias), float32: what linears yield before adapters and the cast to x's dtype."""
+    ys = kernels_of(weights, names).multiply(x)
+    return [add_bias(y, weights.get(f"{name}.bias")) for name, y in zip(names, ys, strict=True)]
 
 
 def base_linear(weights: LayerWeights) -> Linear:
     """The frozen linears of one layer, without adapters."""
-    return lambda name, x: product(weights, name, x).astype(x.dtype)
+    return lambda names, x: [y.astype(x.dtype) for y in products(weights, names, x)]
 
 
 def pre_attention(
@@ -161,7 +177,7 @@ def pre_attention(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """First half of a layer: norm, q/k/v, head norms, rotary embedding."""
     h = rms_norm(x, weights["input_norm"], config.rms_norm_eps)
-    q, k, v = (linear(name, h) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = linear(("q_proj", "k_proj", "v_proj"), h)
     return split_heads(config, weights, q, k, v, positions)
 
 
@@ -191,10 +207,12 @@ def post_attention(
     attn: Float[Array, "T N H"],
 ) -> Float[Array, "T D"]:
     """Second half of a layer: output projection, residual, norm, gated MLP, residual."""
-    x = x + linear("o_proj", attn.reshape(x.shape[0], -1))
+    (out,) = linear(("o_proj",), attn.reshape(x.shape[0], -1))
+    x = x + out
     h = rms_norm(x, weights["post_attention_norm"], config.rms_norm_eps)
-    gated = jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h)
-    return x + linear("down_proj", gated)
+    gate, up = linear(("gate_proj", "up_proj"), h)
+    (down,) = linear(("down_proj",), jax.nn.silu(gate) * up)
+    return x + down
 
 
 def embed(weights: DecoderWeights, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:

@@ -7,6 +7,7 @@ layer top-1-i. The two have no data dependency.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -134,9 +135,10 @@ def _forward_one(walk: Walk, forward: Forward, index: Array | int) -> Forward:
     )
     recorded: dict[str, Array] = {INPUT: forward.x}
 
-    def linear(name: str, x: Array) -> Array:
-        recorded[name] = plain(name, x)
-        return recorded[name]
+    def linear(names: Sequence[str], x: Array) -> Sequence[Array]:
+        ys = plain(names, x)
+        recorded.update(zip(names, ys, strict=True))
+        return ys
 
     q, k, v = pre_attention(config, layer_weights, linear, forward.x, batch["positions"])
     pool = write_tokens(forward.pool, layer, batch["kv_slots"], k, v)

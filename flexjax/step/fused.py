@@ -30,7 +30,7 @@ from flexjax.cache.pages import KVPool, write_tokens
 from flexjax.lora.bank import AdapterBank, LoraTree, read_slot_layer
 from flexjax.lora.linear import AdapterRows, linear_gradients
 from flexjax.model_config import ModelConfig
-from flexjax.models.layers import LayerWeights, rms_norm, split_heads
+from flexjax.models.layers import LayerWeights, add_bias, rms_norm, split_heads
 from flexjax.step.rows import Backward, Forward, Walk, add_layer
 from pallas_kernels import (
     ChunkRows,
@@ -74,10 +74,7 @@ class _ForwardSide(_Side):
     def outputs(self, names: Sequence[str], x: Array, accs: Sequence[Array]) -> list[Array]:
         """Adds biases and adapters, casts, and notes what may be kept."""
         biases = [self.small.get(f"{name}.bias") for name in names]
-        accs = [
-            acc if bias is None else acc + bias.astype(jnp.float32)[None, :]
-            for acc, bias in zip(accs, biases, strict=True)
-        ]
+        accs = [add_bias(acc, bias) for acc, bias in zip(accs, biases, strict=True)]
         bank, rows = self._bank, self._rows
         summed = grouped_lora_many(
             x,

@@ -6,6 +6,7 @@ Every option is an array, so no choice of options compiles anything. Work that n
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -75,20 +76,25 @@ def sample_step(
     wants = jnp.where(rows["slots"] >= 0, rows["wants"], 0)
     raw = head_logits(config, weights, state.hidden[slots], implementation)
     is_penalized = (wants & WANTS_PENALTIES) != 0
-    adjusted = lax.cond(
-        is_penalized.any(),
-        lambda x: _penalize(x, state, slots, is_penalized, options),
-        lambda x: x,
-        raw,
-    )
-    greedy = _argmax(adjusted)
     is_random = (options["temperature"] > 0) & (rows["slots"] >= 0)
-    tokens = lax.cond(
-        is_random.any(),
-        lambda x: jnp.where(is_random, _draw(x, rows, options, is_random), greedy),
-        lambda x: greedy,
-        adjusted,
-    )
+
+    def choose(logits: Array) -> Array:
+        adjusted = lax.cond(
+            is_penalized.any(),
+            lambda x: _penalize(x, state, slots, is_penalized, options),
+            lambda x: x,
+            logits,
+        )
+        greedy = _argmax(adjusted)
+        return lax.cond(
+            is_random.any(),
+            lambda x: jnp.where(is_random, _draw(x, rows, options, is_random), greedy),
+            lambda x: greedy,
+            adjusted,
+        )
+
+    # Greedy rows only is the common case, and a branch that returns its input copies it.
+    tokens = lax.cond((is_penalized | is_random).any(), choose, _argmax, raw)
     logprobs, top_tokens, top_logprobs = lax.cond(
         ((wants & WANTS_LOGPROBS) != 0).any(), _logprobs, _no_logprobs, raw, tokens
     )
@@ -101,13 +107,29 @@ def sample_step(
 
 
 def _argmax(values: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """First index of each row's maximum; two plain reductions, which vectorize on a CPU.
+    """First index of each row's maximum; plain reductions, which vectorize on a CPU.
 
-    A row without any number (all NaN) gives the last index, not one out of range.
+    All values are read once, for the maximum of each block; then only blocks' maxima, and the block
+    that the first of the highest belongs to. A row with a NaN gives the last index.
     """
-    is_maximum = values == values.max(-1, keepdims=True)
+    size = math.gcd(values.shape[1], _BLOCK)
+    if size < _MIN_BLOCK:
+        return _find(values, values.max(-1))
+    blocks = values.reshape(values.shape[0], -1, size)
+    highest = blocks.max(-1)
+    target = highest.max(-1)
+    place = _find(highest, target)
+    block = jnp.take_along_axis(blocks, place[:, None, None], axis=1)[:, 0]
+    return place * size + _find(block, target)
+
+
+_BLOCK, _MIN_BLOCK = 128, 16
+
+
+def _find(values: Float[Array, "B n"], targets: Float[Array, "B"]) -> Int[Array, "B"]:
+    """First index of a value in each row; the last index where there is none."""
     last = values.shape[1] - 1
-    index = jnp.where(is_maximum, jnp.arange(values.shape[1])[None, :], last)
+    index = jnp.where(values == targets[:, None], jnp.arange(last + 1)[None, :], last)
     return index.min(-1).astype(jnp.int32)
 
 

@@ -23,7 +23,7 @@ def decode_attention(
 ) -> Float[Array, "B N H"]:
     """Attention of one query row per sequence; see `api.decode_attention`."""
     require_llvm("decode_attention", q=q, k_pool=k_pool, v_pool=v_pool)
-    from pallas_kernels._llvm.compile import call
+    from pallas_kernels._llvm.compile import call, num_threads
     from pallas_kernels.paged_attention import llvm_code
 
     spec = llvm_code.Attention(
@@ -37,14 +37,15 @@ def decode_attention(
         sm_scale=sm_scale,
         sliding_window=sliding_window,
     )
+    heads = llvm_code.decode_heads(spec, num_threads())
     places = (layer, page_table, positions)
     (out,) = call(
         "decode_attention",
-        (spec,),
-        llvm_code.decode_attention(spec),
+        (spec, heads),
+        llvm_code.decode_attention(spec, heads),
         [jax.ShapeDtypeStruct(q.shape, jnp.float32)],
         (q, k_pool, v_pool, *(place.astype(jnp.int32) for place in places)),
-        num_tasks=spec.num_tokens * spec.num_kv_heads,
+        num_tasks=spec.num_tokens * (spec.num_kv_heads // heads),
     )
     return out
 

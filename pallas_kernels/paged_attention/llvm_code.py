@@ -10,7 +10,6 @@ from pallas_kernels._llvm.compile import Body
 from pallas_kernels._llvm.packing import Rows, panel_columns, tile_rows, transpose
 from pallas_kernels._llvm.vector import exp
 from pallas_kernels.paged_attention.llvm_blocks import (
-    LINE,
     MAX_BYTES,
     Attention,
     KeyBlock,
@@ -223,14 +222,27 @@ class _ForwardTile:
             lse[place // spec.head_dim] = self.softmax.maximum[n] + log
 
 
-def decode_attention(spec: Attention) -> Body:
-    """Code of one sequence and one KV head; the tasks are sequences x KV heads."""
+def decode_heads(spec: Attention, num_threads: int) -> int:
+    """KV heads of a task of `decode_attention`.
+
+    All heads of a token lie together, and memory is read fastest where much that lies together is
+    wanted, so it is as many as leave every thread two tasks.
+    """
+    divisors = (n for n in range(spec.num_kv_heads, 0, -1) if spec.num_kv_heads % n == 0)
+    wanted = 2 * num_threads
+    return next((n for n in divisors if spec.num_tokens * spec.num_kv_heads // n >= wanted), 1)
+
+
+def decode_attention(spec: Attention, heads: int) -> Body:
+    """Code of some KV heads of one sequence; the tasks are sequences x KV heads / `heads`."""
+    parts = spec.num_kv_heads // heads
 
     def body(b: Builder, task: Value, *buffers: Pointer) -> None:
         q, k_pool, v_pool, layer, table, positions, out = buffers
-        row, head = task // spec.num_kv_heads, task % spec.num_kv_heads
+        row, head = task // parts, task % parts * heads
         place = (row * spec.num_heads + head * spec.groups) * spec.head_dim
-        work = _DecodeRow(b, spec, [pool.at(head * spec.head_dim) for pool in (k_pool, v_pool)])
+        pools = [pool.at(head * spec.head_dim) for pool in (k_pool, v_pool)]
+        work = _DecodeRow(b, spec, heads, pools)
         work.read_queries(q.at(place))
         limit = spec.list_len * spec.page_size
         behind = b.minimum(positions[row] + 1, b.integer(limit))
@@ -248,22 +260,23 @@ def decode_attention(spec: Attention) -> Body:
 
 
 class _DecodeRow:
-    """The query heads of one token and one KV head on their way through blocks of keys."""
+    """The query heads of one token and some KV heads on their way through blocks of keys."""
 
-    def __init__(self, b: Builder, spec: Attention, pools: Sequence[Pointer]):
-        self.b, self.spec, (self.keys, self.values) = b, spec, pools
+    def __init__(self, b: Builder, spec: Attention, heads: int, pools: Sequence[Pointer]):
+        self.b, self.spec, self.heads, (self.keys, self.values) = b, spec, heads, pools
+        self.num_queries = heads * spec.groups
         self.size = _DECODE_KEYS + panel_columns()
         self.tokens = b.int_buffer(self.size)
         self.count = b.variable(0)
-        self.scores = b.buffer(spec.groups * self.size)
-        self.queries, self.acc = (b.buffer(spec.groups * spec.stride) for _ in range(2))
-        self.softmax = OnlineSoftmax.create(b, spec.groups)
-        fill(b, self.acc, spec.groups * spec.stride, 0.0)
+        self.scores = b.buffer(self.num_queries * self.size)
+        self.queries, self.acc = (b.buffer(self.num_queries * spec.stride) for _ in range(2))
+        self.softmax = OnlineSoftmax.create(b, self.num_queries)
+        fill(b, self.acc, self.num_queries * spec.stride, 0.0)
 
     def read_queries(self, q: Pointer) -> None:
         """Copies and scales the query heads."""
         b, spec = self.b, self.spec
-        with b.loop(0, spec.groups) as n:
+        with b.loop(0, self.num_queries) as n:
             for offset, lanes in pieces(spec.head_dim, b.lanes):
                 value = q.vector(n * spec.head_dim + offset, lanes) * spec.sm_scale
                 self.queries.store(n * spec.stride + offset, value)
@@ -277,7 +290,6 @@ class _DecodeRow:
             token = (layer * spec.pool_pages + page) * spec.page_size + position % spec.page_size
             slot = self.count.get()
             self.tokens[slot] = token
-            _prefetch(self.keys.at(token * spec.key_stride), spec.head_dim)
             self.count.set(slot + b.select(page >= 0, b.integer(1), 0))
         count = self.count.get()
         with b.when(count > 0):
@@ -286,7 +298,7 @@ class _DecodeRow:
             with b.loop(count, padded) as slot:
                 self.tokens[slot] = self.tokens[count - 1]
             self._score(padded)
-            with b.loop(0, spec.groups) as n:
+            with b.loop(0, self.num_queries) as n:
                 line = self.scores.at(n * self.size)
                 with b.loop(count, padded) as slot:
                     line[slot] = MASKED
@@ -300,11 +312,11 @@ class _DecodeRow:
         whole = spec.head_dim // b.lanes * b.lanes
         spare = b.buffer(b.lanes)
         with b.loop(0, count, b.lanes) as slot:
-            lines = [self.keys.at(self.tokens[slot + n] * spec.key_stride) for n in range(b.lanes)]
-            for n in range(b.lanes):
-                _prefetch(self.values.at(self.tokens[slot + n] * spec.key_stride), spec.head_dim)
-            with b.loop(0, spec.groups) as group:
-                query = self.queries.at(group * spec.stride)
+            places = [self.tokens[slot + n] * spec.key_stride for n in range(b.lanes)]
+            with b.loop(0, self.num_queries) as n:
+                start = n // spec.groups * spec.head_dim
+                lines = [self.keys.at(place + start) for place in places]
+                query = self.queries.at(n * spec.stride)
                 sums = b.zeros(b.lanes)
                 with b.loop(0, whole, b.lanes) as k:
                     left = query.vector(k, b.lanes)
@@ -313,18 +325,19 @@ class _DecodeRow:
                 score = b.variable(_add_up(transpose(b, [each.get() for each in sums])))
                 if whole < spec.head_dim:
                     with b.loop(whole, spec.head_dim) as k:
-                        for n, line in enumerate(lines):
-                            spare[n] = line[k]
+                        for m, line in enumerate(lines):
+                            spare[m] = line[k]
                         right = spare.vector(0, b.lanes)
                         score.set(b.fma(right, b.splat(query[k]), score.get()))
-                self.scores.store(group * self.size + slot, score.get())
+                self.scores.store(n * self.size + slot, score.get())
 
     def _add_values(self, n: Value, line: Pointer, part: list[tuple[int, int]]) -> None:
         b, spec = self.b, self.spec
         sums = [b.variable(b.splat(0.0, lanes)) for _, lanes in part]
+        base = self.values.at(n // spec.groups * spec.head_dim)
         with b.loop(0, self.count.get()) as slot:
             prob = line[slot]
-            values = self.values.at(self.tokens[slot] * spec.key_stride)
+            values = base.at(self.tokens[slot] * spec.key_stride)
             for (offset, lanes), variable in zip(part, sums, strict=True):
                 value = values.vector(offset, lanes)
                 variable.set(b.fma(value, b.splat(prob, lanes), variable.get()))
@@ -337,18 +350,12 @@ class _DecodeRow:
     def finish(self, out: Pointer) -> None:
         """Divides by the sums of exponentials and stores the heads."""
         b, spec = self.b, self.spec
-        with b.loop(0, spec.groups) as n:
+        with b.loop(0, self.num_queries) as n:
             total = self.softmax.total[n]
             total = b.select(total.equals(0.0), 1.0, total)
             for offset, lanes in pieces(spec.head_dim, b.lanes):
                 value = self.acc.vector(n * spec.stride + offset, lanes) / total
                 out.store(n * spec.head_dim + offset, value)
-
-
-def _prefetch(line: Pointer, size: int) -> None:
-    """Asks for a token's keys or values: they lie too far apart to be foreseen."""
-    for offset in range(0, size, LINE):
-        line.prefetch(offset)
 
 
 def _add_up(vectors: list[Value]) -> Value:

@@ -54,12 +54,12 @@ def test_three_ways_to_apply_an_adapter_agree(rng, name):
     weights = {n: stack[layer] for n, stack in tiny_weights(CONFIG).layers.items()}
     x = jnp.asarray(rng.standard_normal((6, CONFIG.projection_dims()[name][0])), jnp.float32)
     rows = AdapterRows(jnp.asarray(slots), jnp.asarray([0, 2, -1, -1]), jnp.int32(2))
-    mixed = np.asarray(bank_linear(weights, bank, jnp.int32(layer), rows)(name, x))
+    mixed = np.asarray(bank_linear(weights, bank, jnp.int32(layer), rows)((name,), x)[0])
     pairs = {n: {m: jnp.asarray(p[m][layer]) for m in "AB"} for n, p in arrays.items()}
-    dense = np.asarray(lora_linear(weights, pairs, 1.5)(name, x))
-    plain = np.asarray(lora_linear(weights, {}, 0.0)(name, x))
+    dense = np.asarray(lora_linear(weights, pairs, 1.5)((name,), x)[0])
+    plain = np.asarray(lora_linear(weights, {}, 0.0)((name,), x)[0])
     tree = read_slot_layer(bank, slot(2), jnp.int32(layer))
-    tile = np.asarray(tile_linear(weights, tree, jnp.float32(1.5), {})(name, x))
+    tile = np.asarray(tile_linear(weights, tree, jnp.float32(1.5), {})((name,), x)[0])
     assert relative(tile, dense) <= 1e-6
     for index, number in enumerate(slots):
         if number == 2:
@@ -81,8 +81,8 @@ def test_decode_rows_with_products_of_their_own_get_the_same(rng, num_decode):
     slots = jnp.asarray(rng.permutation([2, 1, -1, 0, 2, 2]))
     rows = AdapterRows(slots, jnp.asarray([0, 2, 1, -1]), jnp.int32(3))
     args = (weights, bank, jnp.int32(layer), rows)
-    together = np.asarray(bank_linear(*args)(name, x))
-    apart = np.asarray(bank_linear(*args, num_decode=num_decode)(name, x))
+    together = np.asarray(bank_linear(*args)((name,), x)[0])
+    apart = np.asarray(bank_linear(*args, num_decode=num_decode)((name,), x)[0])
     assert relative(apart, together) <= 1e-6
 
 
