@@ -177,6 +177,21 @@ def test_results_do_not_depend_on_the_number_of_threads(rng, monkeypatch):
 
 
 @needs_llvm
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "threads", "heads"),
+    [(8, 8, 2, 8), (1, 8, 2, 2), (3, 6, 2, 3), (1, 1, 4, 1), (2, 8, 64, 1), (64, 4, 1, 4)],
+)
+def test_heads_of_a_decode_task(rows, kv_heads, threads, heads):
+    from pallas_kernels.paged_attention import llvm_code
+
+    spec = llvm_code.Attention(
+        num_tokens=rows, num_heads=kv_heads, num_kv_heads=kv_heads, head_dim=8, page_size=4,
+        pool_pages=1, list_len=1, sm_scale=1.0, sliding_window=None,
+    )  # fmt: skip
+    assert llvm_code.decode_heads(spec, threads) == heads
+
+
+@needs_llvm
 def test_the_pool_is_not_copied(rng):
     args, options = long_case(rng, "llvm")
 

@@ -15,7 +15,7 @@ from flexjax.layout import (
     new_batch,
     sample_fields,
 )
-from flexjax.step.sampling import _keep_top, reset_sequence, sample_step
+from flexjax.step.sampling import _argmax, _keep_top, reset_sequence, sample_step
 from flexjax.step.state import init_sample_state
 
 CONFIG = tiny_config("qwen3")
@@ -212,3 +212,13 @@ def test_padding_rows_change_nothing(state):
     after, _ = run(state, [None, Options(slot=2, temperature=1.0), None])
     assert after.next_tokens[:2].tolist() == state.next_tokens[:2].tolist()
     assert int(after.output_counts.sum()) == 1
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 96, 127, 128, 130, 144, 1000, 4096])
+def test_the_first_maximum_is_the_token(rng, vocab):
+    values = rng.integers(0, 9, (40, vocab)).astype(np.float32)
+    values[0] = -np.inf
+    values[1, vocab // 2] = np.inf
+    np.testing.assert_array_equal(_argmax(jnp.asarray(values)), values.argmax(-1))
+    values[2] = np.nan
+    assert int(_argmax(jnp.asarray(values))[2]) == vocab - 1
