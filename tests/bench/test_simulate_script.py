@@ -25,7 +25,6 @@ def test_quick_run_compares_both_sides_under_drawn_and_traced_arrivals(tmp_path)
     header = "arrival_s,context_tokens,generated_tokens"
     trace.write_text("\n".join([header, *rows]) + "\n")
     stem = tmp_path / "found"
-    stem = tmp_path / "found"
     for options in ([], ["--trace", trace, "--append"], ["--unpaced", "--append"]):
         done = run("--quick", "--output", stem, *options)
         assert done.returncode == 0, done.stderr

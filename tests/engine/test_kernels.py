@@ -40,7 +40,10 @@ def interpreted(monkeypatch):
 
 
 def run(config, weights, adapter_dir, prompts, rows, **options):
-    """Requests with and without an adapter beside a job; the outputs, and what was recorded."""
+    """Requests with and without an adapter beside a job.
+
+    Returns the outputs, what was recorded, and whether steps run the CPU's kernels: a set.
+    """
     engine = make_engine(config, weights, max_context_len=48, **options)
     engine.load_adapter("other", adapter_dir)
     params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0)
@@ -63,7 +66,10 @@ def run(config, weights, adapter_dir, prompts, rows, **options):
         ]
         drain(engine)
     assert job.status == "succeeded"
-    return [output.result() for output in outputs], recorder
+    programs = engine._runner.programs._compiled.items()
+    steps = [program.as_text() for key, program in programs if key[0] == "step"]
+    is_ours = {"pallas_kernels_stacked_matmul" in text for text in steps}
+    return [output.result() for output in outputs], recorder, is_ours
 
 
 # One family in every run; the others, minutes each, with -m gate.
@@ -78,25 +84,28 @@ def test_kernels_change_nothing(case, interpreted, rng, tmp_path):
     check(rng, tmp_path, *CASES[case])
 
 
+# By default, a CPU runs its kernels.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "options"),
+    ("family", "options", "kernels"),
     [
-        ("llama", {"page_size": 16}),
-        ("qwen2", {"page_size": 4, "saved_activations": "inputs"}),
-        ("qwen3", {"page_size": 8, "tile_layers": 1, "tile_order": "layer_major"}),
-        ("mistral", {"page_size": 16}),
+        ("qwen2", {"page_size": 4, "saved_activations": "inputs"}, None),
+        ("qwen3", {"page_size": 8, "tile_layers": 1, "tile_order": "layer_major"}, "llvm"),
+        ("mistral", {"page_size": 16}, "llvm"),
     ],
 )
-def test_the_kernels_of_a_cpu_change_nothing(family, options, rng, tmp_path, monkeypatch):
+def test_the_kernels_of_a_cpu_change_nothing(family, options, kernels, rng, tmp_path, monkeypatch):
     monkeypatch.delenv("PALLAS_KERNELS_LLVM_LEVEL", raising=False)
     if not can_run_llvm():
         pytest.skip("needs llvmlite")
-    check(rng, tmp_path, family, options, "llvm")
+    assert check(rng, tmp_path, family, options, kernels) == {True}
 
 
 def check(rng, tmp_path, family, options, kernels):
-    """Runs the same work by the reference and by kernels, and compares both with `jax.grad`."""
+    """Runs the same work by the reference and by kernels, and compares both with `jax.grad`.
+
+    Returns whether the steps with kernels run those of a CPU.
+    """
     config = tiny_config(family, num_layers=2)
     weights = tiny_weights(config, seed=9)
     lora = LoraConfig(r=4, alpha=6.0)
@@ -105,9 +114,10 @@ def check(rng, tmp_path, family, options, kernels):
     prompts = [draw_tokens(rng, n) for n in (19, 5, 11)]
     rows = draw_rows(rng, (21, 4, 9), is_masked=True)
     work = (config, weights, adapter_dir, prompts, rows)
-    plain, reference = run(*work, kernels="reference", **options)
+    plain, reference, is_ours = run(*work, kernels="reference", **options)
+    assert is_ours == {False}
     expected_loss, expected = whole_sequence_gradients(config, weights, arrays, lora.scale, rows)
-    outputs, recorder = run(*work, kernels=kernels, **options)
+    outputs, recorder, is_ours = run(*work, kernels=kernels, **options)
     ((_, grads, loss),) = recorder.gradients
     error = worst_gradient_error(grads, expected)
     assert worst_gradient_error(reference.gradients[0][1], expected) <= GRADIENT_TOLERANCE
@@ -118,6 +128,7 @@ def check(rng, tmp_path, family, options, kernels):
     assert gap <= LOGPROB_TOLERANCE
     assert abs(loss - expected_loss) <= 1e-5 * expected_loss
     assert error <= GRADIENT_TOLERANCE
+    return is_ours
 
 
 def test_triton_kernels_need_a_gpu():
@@ -125,18 +136,6 @@ def test_triton_kernels_need_a_gpu():
     for kernels in ("pallas_triton", "fused"):
         with pytest.raises(NotImplementedError, match="compute capability 8.0; found no NVIDIA"):
             make_engine(config, tiny_weights(config), kernels=kernels)
-
-
-@pytest.mark.parametrize(("kernels", "is_ours"), [(None, True), ("reference", False)])
-def test_a_cpu_runs_its_kernels_by_default(kernels, is_ours):
-    if not can_run_llvm():
-        pytest.skip("needs llvmlite")
-    config = tiny_config("llama", num_layers=1)
-    programs = make_engine(config, tiny_weights(config), kernels=kernels)._runner.programs
-    steps = [program for key, program in programs._compiled.items() if key[0] == "step"]
-    assert steps
-    for step in steps:
-        assert ("pallas_kernels_stacked_matmul" in step.as_text()) == is_ours
 
 
 def test_the_kernels_of_a_cpu_take_float32():
