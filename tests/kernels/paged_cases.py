@@ -1,5 +1,6 @@
 """Random paged pools and naive dense attention, for the tests of this directory."""
 
+import functools
 import math
 
 import jax
@@ -52,6 +53,7 @@ class Paged:
         return PageList(*columns, jnp.int32(used))
 
 
+@functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window"))
 def dense_attention(q, k, v, sm_scale, sliding_window, positions):
     """Plain softmax attention of query rows at `positions` of one sequence, [t, N, H]."""
     repeats = q.shape[1] // k.shape[1]
