@@ -110,7 +110,8 @@ def _argmax(values: Float[Array, "B V"]) -> Int[Array, "B"]:
     """First index of each row's maximum; plain reductions, which vectorize on a CPU.
 
     All values are read once, for the maximum of each block; then only blocks' maxima, and the block
-    that the first of the highest belongs to. A row with a NaN gives the last index.
+    that the first of the highest belongs to. A row without any number (all NaN) gives the last
+    index, not one out of range.
     """
     size = math.gcd(values.shape[1], _BLOCK)
     if size < _MIN_BLOCK:
@@ -120,7 +121,9 @@ def _argmax(values: Float[Array, "B V"]) -> Int[Array, "B"]:
     target = highest.max(-1)
     place = _find(highest, target)
     block = jnp.take_along_axis(blocks, place[:, None, None], axis=1)[:, 0]
-    return place * size + _find(block, target)
+    # Where all is NaN, a maximum may be NaN or minus infinity, which XLA leaves open.
+    is_found = (block == target[:, None]).any(-1)
+    return jnp.where(is_found, place * size + _find(block, target), values.shape[1] - 1)
 
 
 _BLOCK, _MIN_BLOCK = 128, 16
