@@ -23,7 +23,7 @@ from flexjax.lora.bank import LoraTree
 from flexjax.lora.linear import tile_linear
 from flexjax.model_config import ModelConfig
 from flexjax.models.decoder import Decoder, LoraParams
-from flexjax.models.layers import embed, post_attention, pre_attention
+from flexjax.models.layers import embed, post_attention, pre_attention, recording
 from flexjax.models.weights import DecoderWeights
 from pallas_kernels import PageList, can_run_triton, ragged_attention
 
@@ -205,11 +205,7 @@ def _forward_window(
         layer, layer_weights, layer_lora = inputs
         recorded = {INPUT: x}
         plain = tile_linear(layer_weights, layer_lora, problem.scale, {}, _implementation())
-
-        def linear(names: Sequence[str], value: Array) -> Sequence[Array]:
-            ys = plain(names, value)
-            recorded.update(zip(names, ys, strict=True))
-            return ys
+        linear = recording(plain, recorded)
 
         q, k, v = pre_attention(config, layer_weights, linear, x, rows.positions)
         pool = write_tokens(pool, layer, rows.slots, k, v)

@@ -59,7 +59,6 @@ def bank_linear(
       num_decode: Rows at the front that decode. They are few and of many adapters; without row
         groups, where an adapter costs a product of all rows, they get products of their own.
     """
-    is_whole = rows.groups is not None or num_decode == 0
 
     def add_deltas(names: Sequence[str], x: Array, accs: Sequence[Array], part: slice) -> Any:
         a, b = ([side[name] for name in names] for side in (bank.a, bank.b))
@@ -70,7 +69,7 @@ def bank_linear(
 
     def linear(names: Sequence[str], x: Array) -> list[Array]:
         accs = products(weights, names, x)
-        if is_whole or num_decode >= x.shape[0]:
+        if rows.groups is not None or not 0 < num_decode < x.shape[0]:
             ys = add_deltas(names, x, accs, slice(None))
         else:
             parts = (slice(0, num_decode), slice(num_decode, None))

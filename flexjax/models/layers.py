@@ -168,6 +168,17 @@ def base_linear(weights: LayerWeights) -> Linear:
     return lambda names, x: [y.astype(x.dtype) for y in products(weights, names, x)]
 
 
+def recording(linear: Linear, outputs: dict[str, Array]) -> Linear:
+    """The same linears, which leave each of their outputs in a dict by name."""
+
+    def record(names: Sequence[str], x: Array) -> Sequence[Array]:
+        ys = linear(names, x)
+        outputs.update(zip(names, ys, strict=True))
+        return ys
+
+    return record
+
+
 def pre_attention(
     config: ModelConfig,
     weights: LayerWeights,

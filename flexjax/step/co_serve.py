@@ -7,7 +7,6 @@ layer top-1-i. The two have no data dependency.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from flexjax.models.layers import (
     embed,
     post_attention,
     pre_attention,
+    recording,
 )
 from flexjax.models.weights import DecoderWeights, has_split_kernels
 from flexjax.optim.sums import GradSums
@@ -135,10 +135,7 @@ def _forward_one(walk: Walk, forward: Forward, index: Array | int) -> Forward:
     )
     recorded: dict[str, Array] = {INPUT: forward.x}
 
-    def linear(names: Sequence[str], x: Array) -> Sequence[Array]:
-        ys = plain(names, x)
-        recorded.update(zip(names, ys, strict=True))
-        return ys
+    linear = recording(plain, recorded)
 
     q, k, v = pre_attention(config, layer_weights, linear, forward.x, batch["positions"])
     pool = write_tokens(forward.pool, layer, batch["kv_slots"], k, v)

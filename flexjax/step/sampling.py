@@ -30,6 +30,7 @@ MAX_LOGPROBS = 20
 """Alternatives that a step returns for each row."""
 
 _DROPPED = -jnp.inf
+_BLOCK, _MIN_BLOCK = 128, 16  # of a row of logits, where its maximum is looked for
 
 
 class SampleOutput(NamedTuple):
@@ -124,9 +125,6 @@ def _argmax(values: Float[Array, "B V"]) -> Int[Array, "B"]:
     # Where all is NaN, a maximum may be NaN or minus infinity, which XLA leaves open.
     is_found = (block == target[:, None]).any(-1)
     return jnp.where(is_found, place * size + _find(block, target), values.shape[1] - 1)
-
-
-_BLOCK, _MIN_BLOCK = 128, 16
 
 
 def _find(values: Float[Array, "B n"], targets: Float[Array, "B"]) -> Int[Array, "B"]:

@@ -26,17 +26,7 @@ def decode_attention(
     from pallas_kernels._llvm.compile import call, num_threads
     from pallas_kernels.paged_attention import llvm_code
 
-    spec = llvm_code.Attention(
-        num_tokens=q.shape[0],
-        num_heads=q.shape[1],
-        num_kv_heads=k_pool.shape[3],
-        head_dim=q.shape[2],
-        page_size=k_pool.shape[2],
-        pool_pages=k_pool.shape[1],
-        list_len=page_table.shape[1],
-        sm_scale=sm_scale,
-        sliding_window=sliding_window,
-    )
+    spec = llvm_code.Attention.of(q, k_pool, page_table.shape[1], sm_scale, sliding_window)
     heads = llvm_code.decode_heads(spec, num_threads())
     places = (layer, page_table, positions)
     (out,) = call(
@@ -70,17 +60,7 @@ def ragged_attention(
     from pallas_kernels._llvm.compile import call
     from pallas_kernels.paged_attention import llvm_code
 
-    spec = llvm_code.Attention(
-        num_tokens=q.shape[0],
-        num_heads=q.shape[1],
-        num_kv_heads=k_pool.shape[3],
-        head_dim=q.shape[2],
-        page_size=k_pool.shape[2],
-        pool_pages=k_pool.shape[1],
-        list_len=page_list.pages.shape[0],
-        sm_scale=sm_scale,
-        sliding_window=sliding_window,
-    )
+    spec = llvm_code.Attention.of(q, k_pool, page_list.pages.shape[0], sm_scale, sliding_window)
     places = (layer, page_list.num_pages, *page_list[:3], row_segments, row_positions)
     out, lse = call(
         "ragged_attention",

@@ -10,24 +10,26 @@ from pallas_kernels._llvm.compile import Body
 from pallas_kernels._llvm.packing import Rows, panel_columns, tile_rows, transpose
 from pallas_kernels._llvm.vector import exp
 from pallas_kernels.paged_attention.llvm_blocks import (
-    MAX_BYTES,
-    Attention,
     KeyBlock,
     Meeting,
     Pages,
     QueryTile,
-    ceil_div,
     clear_not_finite,
     copy_tokens,
     fill,
     flag_rows,
     multiply,
     pack_transposed,
+    store_masked,
+    store_same,
+)
+from pallas_kernels.paged_attention.llvm_shapes import (
+    MAX_BYTES,
+    Attention,
+    ceil_div,
     padded_stride,
     pieces,
     row_tiles,
-    store_masked,
-    store_same,
 )
 from pallas_kernels.paged_attention.reference import MASKED
 

@@ -38,20 +38,10 @@ def window_attention_backward(
     floats = {"q": q, "out": out, "lse": lse, "d_out": d_out, "k_pool": k_pool, "v_pool": v_pool}
     require_llvm("window_attention_backward", **floats, dk_acc=dk_acc, dv_acc=dv_acc)
     from pallas_kernels._llvm.compile import call
-    from pallas_kernels.paged_attention.llvm_blocks import Attention
+    from pallas_kernels.paged_attention.llvm_shapes import Attention
     from pallas_kernels.window_attention_backward import llvm_code
 
-    spec = Attention(
-        num_tokens=q.shape[0],
-        num_heads=q.shape[1],
-        num_kv_heads=k_pool.shape[3],
-        head_dim=q.shape[2],
-        page_size=k_pool.shape[2],
-        pool_pages=k_pool.shape[1],
-        list_len=page_list.pages.shape[0],
-        sm_scale=sm_scale,
-        sliding_window=sliding_window,
-    )
+    spec = Attention.of(q, k_pool, page_list.pages.shape[0], sm_scale, sliding_window)
     splits = llvm_code.num_splits(spec)
     places = (layer, page_list.num_pages, *page_list[:3], row_segments, row_positions)
     ints = [array.astype(jnp.int32) for array in (*places, acc_layer, acc_pages)]

@@ -13,14 +13,11 @@ from pallas_kernels._llvm.compile import Body
 from pallas_kernels._llvm.packing import Rows, panel_columns, tile_rows
 from pallas_kernels._llvm.vector import exp
 from pallas_kernels.paged_attention.llvm_blocks import (
-    MAX_BYTES,
-    Attention,
     KeyBlock,
     Meeting,
     Pages,
     QueryTile,
     Ranges,
-    ceil_div,
     clear_not_finite,
     copy_tokens,
     fill,
@@ -28,12 +25,17 @@ from pallas_kernels.paged_attention.llvm_blocks import (
     flag_rows,
     multiply,
     pack_transposed,
-    padded_stride,
-    pieces,
-    row_tiles,
     store,
     store_masked,
     store_same,
+)
+from pallas_kernels.paged_attention.llvm_shapes import (
+    MAX_BYTES,
+    Attention,
+    ceil_div,
+    padded_stride,
+    pieces,
+    row_tiles,
 )
 
 _TILES = ((96, 96), (48, 96), (48, 64), (24, 64), (24, 32), (12, 32))
