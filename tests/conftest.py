@@ -5,10 +5,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Most of the run is compilation: LLVM's optimizations are left out (XLA's own passes are not).
+# Tests of kernels have a conftest of theirs.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault(
-    "PALLAS_KERNELS_LLVM_LEVEL", "0"
-)  # those of kernels have a conftest of theirs
+os.environ.setdefault("PALLAS_KERNELS_LLVM_LEVEL", "0")
 
 import jax
 import pytest
