@@ -1,6 +1,8 @@
 """Settings that hold for the whole test run."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +25,21 @@ _LONG = ("test_notebooks.py", "test_simulate_script.py")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in _LONG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_kernels():
+    """Imports the kernels' code before any engine's threads do.
+
+    Jaxtyping checks what is imported by way of `ast.parse`, which in Python 3.11 fails at times
+    where several threads call it.
+    """
+    if importlib.util.find_spec("llvmlite") is None:
+        return
+    import pallas_kernels
+
+    for path in Path(pallas_kernels.__file__).parent.glob("*/llvm_code.py"):
+        importlib.import_module(f"pallas_kernels.{path.parent.name}.llvm_code")
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ pool but of their own: a sequence needs KV pages as every request does, and aren
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexjax.autodiff.kept import kept_names
 from flexjax.model_config import ModelConfig
+from pallas_kernels import load_rows, store_rows
 
 INPUT = "x"
 """Name of a layer's input among the kept arrays; entry L is the last layer's output."""
@@ -101,23 +102,27 @@ def keep(
     layer: Int[Array, ""] | int,
     slots: Int[Array, "T"],
     values: Mapping[str, Array],
+    implementation: str | None = "reference",
 ) -> dict[str, Array]:
     """Stores rows of one layer at token slots; -1 is dropped, names that are not kept ignored."""
-    stored = dict(kept)
-    for name, stack in kept.items():
-        if name in values:
-            rows = values[name].reshape(slots.shape[0], -1).astype(stack.dtype)
-            where = drop_padding(slots, stack.shape[1])
-            stored[name] = stack.at[layer, where].set(rows, mode="drop")
-    return stored
+    names = [name for name in kept if name in values]
+    stacks = [kept[name] for name in names]
+    rows = [
+        values[name].reshape(slots.shape[0], -1).astype(stack.dtype)
+        for name, stack in zip(names, stacks, strict=True)
+    ]
+    layer = jnp.asarray(layer, jnp.int32)
+    options: dict[str, Any] = {"is_read_soon": False, "implementation": implementation}
+    return kept | dict(zip(names, store_rows(stacks, rows, layer, slots, **options), strict=True))
 
 
 def recall(
-    kept: Mapping[str, Array], layer: Int[Array, ""] | int, slots: Int[Array, "T"]
+    kept: Mapping[str, Array],
+    layer: Int[Array, ""] | int,
+    slots: Int[Array, "T"],
+    implementation: str | None = "reference",
 ) -> dict[str, Array]:
     """Reads rows of one layer at token slots; padding rows (-1) are zero."""
-    rows = {}
-    for name, stack in kept.items():
-        values = stack[layer, jnp.maximum(slots, 0)]
-        rows[name] = jnp.where((slots >= 0)[:, None], values, 0)
-    return rows
+    layer = jnp.asarray(layer, jnp.int32)
+    rows = load_rows(list(kept.values()), layer, slots, implementation=implementation)
+    return dict(zip(kept, rows, strict=True))

@@ -9,6 +9,7 @@ most activations of an ordinary backward pass are never needed).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from flexjax.models.layers import post_attention, pre_attention
 from flexjax.models.weights import weight_specs
 
 _ATTENTION = ("attn", "lse")
+_CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
 @functools.cache
@@ -89,10 +91,34 @@ def _layer_backward(config: ModelConfig, kept: dict[str, Array]) -> list[Array]:
 
 def _used_inputs(function, inputs: dict[str, jax.ShapeDtypeStruct]) -> set[str]:
     """Names of the inputs that some output of `function` depends on."""
-    closed = jax.make_jaxpr(function)(inputs)
+    jaxpr = jax.make_jaxpr(function)(inputs).jaxpr
     names = sorted(inputs)  # dicts flatten in key order
-    needed = {v for v in closed.jaxpr.outvars if not isinstance(v, jax_core.Literal)}
-    for equation in reversed(closed.jaxpr.eqns):
-        if any(out in needed for out in equation.outvars):
-            needed.update(v for v in equation.invars if not isinstance(v, jax_core.Literal))
-    return {name for name, var in zip(names, closed.jaxpr.invars, strict=True) if var in needed}
+    used = _used_by(jaxpr, [True] * len(jaxpr.outvars))
+    return {name for name, is_used in zip(names, used, strict=True) if is_used}
+
+
+def _used_by(jaxpr: jax_core.Jaxpr, are_wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of a jaxpr the wanted ones of its outputs depend on."""
+    wanted = zip(jaxpr.outvars, are_wanted, strict=True)
+    needed = {v for v, is_wanted in wanted if is_wanted and not _is_literal(v)}
+    for equation in reversed(jaxpr.eqns):
+        outputs = [v in needed for v in equation.outvars]
+        if any(outputs):
+            called = _called(equation)
+            used = [True] * len(equation.invars) if called is None else _used_by(called, outputs)
+            pairs = zip(equation.invars, used, strict=True)
+            needed.update(v for v, is_used in pairs if is_used and not _is_literal(v))
+    return [v in needed for v in jaxpr.invars]
+
+
+def _called(equation: jax_core.JaxprEqn) -> jax_core.Jaxpr | None:
+    """What an equation calls once with its inputs; None for those that are no mere calls."""
+    name = _CALLS.get(equation.primitive.name)
+    if name is None:
+        return None
+    found = equation.params[name]
+    return getattr(found, "jaxpr", found)
+
+
+def _is_literal(variable) -> bool:
+    return isinstance(variable, jax_core.Literal)

@@ -7,9 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.autodiff.arena import INPUT, Arena, drop_padding, recall
 from flexjax.model_config import ModelConfig
-from flexjax.models.layers import rms_norm
 from flexjax.models.weights import DecoderWeights
-from pallas_kernels import linear_cross_entropy
+from pallas_kernels import linear_cross_entropy, rms_norm
 
 
 def loss_head(
@@ -40,7 +39,8 @@ def loss_head(
     hidden = recall({INPUT: arena.kept[INPUT]}, config.num_layers, slots)[INPUT]
 
     def norm(x: Array) -> Array:
-        return rms_norm(x, weights.final_norm, config.rms_norm_eps)
+        eps = config.rms_norm_eps
+        return rms_norm(x, weights.final_norm, eps, implementation="reference")
 
     normalized, norm_vjp = jax.vjp(norm, hidden)
     head = weights.embed if weights.lm_head is None else weights.lm_head

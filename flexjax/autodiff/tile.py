@@ -27,7 +27,13 @@ from flexjax.lora.bank import LoraTree
 from flexjax.lora.linear import tile_linear
 from flexjax.model_config import ModelConfig
 from flexjax.models.layers import LayerWeights, post_attention, pre_attention
-from pallas_kernels import PageList, ragged_attention, window_attention_backward
+from pallas_kernels import (
+    PageList,
+    prefers_llvm,
+    ragged_attention,
+    take_rows,
+    window_attention_backward,
+)
 
 
 class TileRows(NamedTuple):
@@ -85,20 +91,24 @@ def backward_layer(
       implementation: Of attention, and of the adapters' products.
 
     Returns:
-      Gradient at the layer's input (float32), this window's gradient of the layer's adapter (summed
+      Gradient at the layer's input (float32; of layer 0, which nobody reads, it may be a part),
+      this window's gradient of the layer's adapter (summed
       over its rows, float32), and the accumulators.
     """
-    saved = recall(kept, layer, rows.slots)
+    saved = recall(kept, layer, rows.slots, implementation)
     x = saved.pop(INPUT)
     heads = (x.shape[0], config.num_heads, config.head_dim)
 
+    # Nobody reads the gradient at the embeddings. A GPU would have to ask the host at each layer.
+    has_layer_below = layer > 0 if prefers_llvm(implementation, x.dtype) else None
+
     def before(x: Array, lora: LoraTree) -> tuple[Array, Array, Array]:
-        linear = tile_linear(weights, lora, scale, saved, implementation)
-        return pre_attention(config, weights, linear, x, rows.positions)
+        linear = tile_linear(weights, lora, scale, saved, implementation, has_layer_below)
+        return pre_attention(config, weights, linear, x, rows.positions, implementation)
 
     def after(x: Array, attn: Array, lora: LoraTree) -> Array:
         linear = tile_linear(weights, lora, scale, saved, implementation)
-        return post_attention(config, weights, linear, x, attn)
+        return post_attention(config, weights, linear, x, attn, implementation)
 
     with jax.named_scope("tile_recompute"):
         (q, k, v), before_vjp = jax.vjp(before, x, lora)
@@ -129,13 +139,12 @@ def backward_layer(
             sliding_window=config.sliding_window,
             implementation=implementation,
         )
-        dk, dk_acc = take_rows(dk_acc, acc_layer, rows.slots)
-        dv, dv_acc = take_rows(dv_acc, acc_layer, rows.slots)
+        acc, (dk, dv) = take_tokens(KVGrads(dk_acc, dv_acc), acc_layer, rows.slots, implementation)
     with jax.named_scope("tile_pre_attention"):
         dx, d_lora_before = before_vjp((dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)))
     d_lora = jax.tree.map(jnp.add, d_lora_after, d_lora_before)
     d_input = dx.astype(jnp.float32) + dx_residual.astype(jnp.float32)
-    return d_input, d_lora, KVGrads(dk_acc, dv_acc)
+    return d_input, d_lora, acc
 
 
 def _attention(
@@ -160,17 +169,9 @@ def _attention(
     )
 
 
-def take_rows(
-    acc: Float[Array, "l p Z K H"], layer: Array, slots: Int[Array, "W"]
-) -> tuple[Float[Array, "W K H"], Float[Array, "l p Z K H"]]:
-    """Reads the window's complete rows and sets them back to zero; padding rows read zero.
-
-    The zeros are made to depend on what was read: without an order between reading and writing,
-    XLA copies the whole accumulator.
-    """
-    num_pages, page_size = acc.shape[1:3]
-    pages = jnp.where(slots >= 0, slots // page_size, num_pages)
-    offsets = jnp.where(slots >= 0, slots % page_size, 0)
-    rows = acc.at[layer, pages, offsets].get(mode="fill", fill_value=0.0)
-    zeros = jnp.where((slots >= 0)[:, None, None], 0.0, rows)
-    return rows, acc.at[layer, pages, offsets].set(zeros, mode="drop")
+def take_tokens(
+    acc: KVGrads, layer: Array, slots: Int[Array, "W"], implementation: str | None = "reference"
+) -> tuple[KVGrads, tuple[Float[Array, "W K H"], Float[Array, "W K H"]]]:
+    """Reads the window's complete rows and sets them back to zero; padding rows read zero."""
+    (dk, dv), halves = take_rows(acc, layer, slots, implementation=implementation)
+    return KVGrads(*halves), (dk, dv)

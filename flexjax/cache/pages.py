@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax import axes
 from flexjax.model_config import ModelConfig
+from pallas_kernels import store_rows
 
 KV_AXES = (axes.LAYERS, axes.PAGES, axes.PAGE, axes.KV_HEADS, axes.HEAD_DIM)
 
@@ -48,17 +49,11 @@ def write_tokens(
     slots: Int[Array, "T"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
+    implementation: str | None = "reference",
 ) -> KVPool:
     """Stores rows at token slots (page * page size + offset) of one layer; -1 is dropped."""
-    num_pages, page_size = pool.k.shape[1:3]
-    pages = jnp.where(slots >= 0, slots // page_size, num_pages)
-    offsets = jnp.where(slots >= 0, slots % page_size, 0)
-    return KVPool(
-        *(
-            half.at[layer, pages, offsets].set(rows.astype(half.dtype), mode="drop")
-            for half, rows in zip(pool, (k, v), strict=True)
-        )
-    )
+    rows = [half.astype(pool.k.dtype) for half in (k, v)]
+    return KVPool(*store_rows(pool, rows, layer, slots, implementation=implementation))
 
 
 def pool_bytes(config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> int:

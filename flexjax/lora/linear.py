@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flexjax.lora.bank import AdapterBank, LoraTree
 from flexjax.models.layers import (
@@ -86,6 +86,7 @@ def tile_linear(
     scale: Float[Array, ""],
     kept: Mapping[str, Array],
     implementation: str | None = None,
+    is_input_needed: Bool[Array, ""] | None = None,
 ) -> Linear:
     """Linears of one layer for the rows of a backward tile, all of one adapter.
 
@@ -98,13 +99,16 @@ def tile_linear(
       scale: Multiplies x A B.
       kept: Kept outputs by linear, [W, out].
       implementation: Of the backward products of the adapter.
+      is_input_needed: Whether anybody reads the gradient at x; None for always. What the frozen
+        weights add to it is left out where not.
     """
 
     def linear(names: Sequence[str], x: Array) -> tuple[Array, ...]:
         pairs = tuple((lora.a[name], lora.b[name]) for name in names)
         biases = tuple(weights.get(f"{name}.bias") for name in names)
         found = tuple(kept.get(name) for name in names)
-        return _adapted(implementation, x, pairs, kernels_of(weights, names), biases, scale, found)
+        kernels = kernels_of(weights, names)
+        return _adapted(implementation, x, pairs, kernels, biases, scale, found, is_input_needed)
 
     return linear
 
@@ -118,9 +122,10 @@ def _adapted(
     biases: tuple[Array | None, ...],
     scale: Array,
     kept: tuple[Array | None, ...],
+    is_input_needed: Array | None,
 ) -> tuple[Array, ...]:
     """Returns x W + bias + scale x A B in the dtype of x, or what is kept, which is that value."""
-    del implementation  # of the backward pass
+    del implementation, is_input_needed  # of the backward pass
     ys: list[Any] = list(kept)
     missing = [n for n, y in enumerate(kept) if y is None]
     accs = kernels.take(missing).multiply(x) if missing else ()
@@ -132,9 +137,9 @@ def _adapted(
     return tuple(ys)
 
 
-def _adapted_forward(implementation, x, pairs, kernels, biases, scale, kept):
-    ys = _adapted(implementation, x, pairs, kernels, biases, scale, kept)
-    return ys, (x, pairs, kernels, scale)
+def _adapted_forward(implementation, x, pairs, kernels, biases, scale, kept, is_input_needed):
+    ys = _adapted(implementation, x, pairs, kernels, biases, scale, kept, is_input_needed)
+    return ys, (x, pairs, kernels, scale, is_input_needed)
 
 
 def _contract(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
@@ -167,8 +172,8 @@ def _gradients_in_place(x, dy, dx, a, b, scale):
 
 
 def _adapted_backward(implementation, residuals, d_ys):
-    x, pairs, kernels, scale = residuals
-    dx = kernels.multiply_transposed(d_ys)
+    x, pairs, kernels, scale, is_input_needed = residuals
+    dx = kernels.multiply_transposed(d_ys, is_input_needed)
     d_pairs = []
     for dy, (a, b) in zip(d_ys, pairs, strict=True):
         if prefers_llvm(implementation, x.dtype):
@@ -177,7 +182,7 @@ def _adapted_backward(implementation, residuals, d_ys):
             d_delta, da, db = linear_gradients(x, dy, a, b, scale)
             dx = dx + d_delta
         d_pairs.append((da, db))
-    return dx.astype(x.dtype), tuple(d_pairs), None, None, None, None
+    return dx.astype(x.dtype), tuple(d_pairs), None, None, None, None, None
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)

@@ -16,25 +16,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
-from pallas_kernels import prefers_llvm, stacked_matmul, stacked_matmul_transposed
+from pallas_kernels import (
+    add_rms_norm,
+    prefers_llvm,
+    rms_norm,
+    stacked_matmul,
+    stacked_matmul_transposed,
+    swiglu,
+)
 
 Linear = Callable[[Sequence[str], Array], Sequence[Array]]
 """`linear(names, x[T, in])`: the output [T, out] of each linear, in the dtype of x."""
 
 LayerWeights = Mapping[str, Array]
 """One layer's arrays by name, without the layer axis."""
-
-
-def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
-    """Root-mean-square norm, computed in float32 and scaled in the dtype of x."""
-    wide = x.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    normalized = (wide * inverse).astype(x.dtype)
-    return normalized * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 def rotary(
@@ -110,8 +109,13 @@ class Kernels:
             return tuple(self._choose(_multiply, x, array) for array in self.arrays)
         return stacked_matmul(x, self.arrays, self.layer, implementation=self.implementation)
 
-    def multiply_transposed(self, d_ys: Sequence[Float[Array, "T _"]]) -> Float[Array, "T I"]:
-        """Returns the sum of dY W^T over all, float32."""
+    def multiply_transposed(
+        self, d_ys: Sequence[Float[Array, "T _"]], is_needed: Bool[Array, ""] | None = None
+    ) -> Float[Array, "T I"]:
+        """Returns the sum of dY W^T over all, float32; zeros where it is not needed."""
+        if is_needed is not None:
+            zeros = jnp.zeros((d_ys[0].shape[0], self.arrays[0].shape[-2]), jnp.float32)
+            return lax.cond(is_needed, lambda: self.multiply_transposed(d_ys), lambda: zeros)
         if not self._is_stacked():
             pairs = zip(d_ys, self.arrays, strict=True)
             terms = (self._choose(_multiply_transposed, d_y, array) for d_y, array in pairs)
@@ -185,11 +189,13 @@ def pre_attention(
     linear: Linear,
     x: Float[Array, "T D"],
     positions: Int[Array, "T"],
+    implementation: str | None = "reference",
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """First half of a layer: norm, q/k/v, head norms, rotary embedding."""
-    h = rms_norm(x, weights["input_norm"], config.rms_norm_eps)
+    options: dict[str, Any] = {"implementation": implementation}
+    h = rms_norm(x, weights["input_norm"], config.rms_norm_eps, **options)
     q, k, v = linear(("q_proj", "k_proj", "v_proj"), h)
-    return split_heads(config, weights, q, k, v, positions)
+    return split_heads(config, weights, q, k, v, positions, implementation)
 
 
 def split_heads(
@@ -199,14 +205,16 @@ def split_heads(
     k: Float[Array, "T _"],
     v: Float[Array, "T _"],
     positions: Int[Array, "T"],
+    implementation: str | None = "reference",
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """From the outputs of the q, k and v linears to heads: head norms, rotary embedding."""
     q = q.reshape(-1, config.num_heads, config.head_dim)
     k = k.reshape(-1, config.num_kv_heads, config.head_dim)
     v = v.reshape(-1, config.num_kv_heads, config.head_dim)
     if config.qk_norm:
-        q = rms_norm(q, weights["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, weights["k_norm"], config.rms_norm_eps)
+        options: dict[str, Any] = {"implementation": implementation}
+        q = rms_norm(q, weights["q_norm"], config.rms_norm_eps, **options)
+        k = rms_norm(k, weights["k_norm"], config.rms_norm_eps, **options)
     return rotary(q, positions, config), rotary(k, positions, config), v
 
 
@@ -216,13 +224,15 @@ def post_attention(
     linear: Linear,
     x: Float[Array, "T D"],
     attn: Float[Array, "T N H"],
+    implementation: str | None = "reference",
 ) -> Float[Array, "T D"]:
     """Second half of a layer: output projection, residual, norm, gated MLP, residual."""
+    options: dict[str, Any] = {"implementation": implementation}
     (out,) = linear(("o_proj",), attn.reshape(x.shape[0], -1))
-    x = x + out
-    h = rms_norm(x, weights["post_attention_norm"], config.rms_norm_eps)
+    norm = weights["post_attention_norm"]
+    x, h = add_rms_norm(x, out, norm, config.rms_norm_eps, **options)
     gate, up = linear(("gate_proj", "up_proj"), h)
-    (down,) = linear(("down_proj",), jax.nn.silu(gate) * up)
+    (down,) = linear(("down_proj",), swiglu(gate, up, **options))
     return x + down
 
 
@@ -248,9 +258,9 @@ def logits(
       config: Architecture.
       weights: Final norm and head are read.
       hidden: Rows.
-      implementation: Of the product; only the default can be differentiated.
+      implementation: Of norm and product; only the default can be differentiated.
     """
-    x = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+    x = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, implementation=implementation)
     if prefers_llvm(implementation, x.dtype):
         first = jnp.zeros((), jnp.int32)
         options: dict[str, Any] = {"implementation": "llvm"}

@@ -137,16 +137,17 @@ def _forward_one(walk: Walk, forward: Forward, index: Array | int) -> Forward:
 
     linear = recording(plain, recorded)
 
-    q, k, v = pre_attention(config, layer_weights, linear, forward.x, batch["positions"])
-    pool = write_tokens(forward.pool, layer, batch["kv_slots"], k, v)
+    positions = batch["positions"]
+    q, k, v = pre_attention(config, layer_weights, linear, forward.x, positions, implementation)
+    pool = write_tokens(forward.pool, layer, batch["kv_slots"], k, v, implementation)
     attn, lse = _forward_attention(walk, q, pool, layer)
-    x = post_attention(config, layer_weights, linear, forward.x, attn)
+    x = post_attention(config, layer_weights, linear, forward.x, attn, implementation)
     kept = forward.kept
     if walk.bucket.chunk:
         chunk = {name: rows[num_decode:] for name, rows in recorded.items()}
         assert lse is not None
         chunk |= {"attn": attn[num_decode:], "lse": lse}
-        kept = keep(kept, layer, batch["chunk_arena_slots"], chunk)
+        kept = keep(kept, layer, batch["chunk_arena_slots"], chunk, implementation)
     return Forward(x, pool, kept)
 
 
@@ -224,7 +225,8 @@ def _leave(
         kept = forward.kept
         if bucket.chunk:
             last = {INPUT: forward.x[bucket.decode :]}
-            kept = keep(kept, walk.config.num_layers, batch["chunk_arena_slots"], last)
+            top, slots = walk.config.num_layers, batch["chunk_arena_slots"]
+            kept = keep(kept, top, slots, last, walk.sizes.implementation)
         pool, arena = forward.pool, arena._replace(kept=kept)
     if backward is not None:
         where = drop_padding(batch["tile_arena_slots"], arena.d_hidden.shape[0])

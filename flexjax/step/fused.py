@@ -25,12 +25,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexjax.autodiff.arena import INPUT, KVGrads, keep, recall
-from flexjax.autodiff.tile import TileRows, take_rows
+from flexjax.autodiff.tile import TileRows, take_tokens
 from flexjax.cache.pages import KVPool, write_tokens
 from flexjax.lora.bank import AdapterBank, LoraTree, read_slot_layer
 from flexjax.lora.linear import AdapterRows, linear_gradients
 from flexjax.model_config import ModelConfig
-from flexjax.models.layers import LayerWeights, add_bias, rms_norm, split_heads
+from flexjax.models.layers import LayerWeights, add_bias, split_heads
 from flexjax.step.rows import Backward, Forward, Walk, add_layer
 from pallas_kernels import (
     ChunkRows,
@@ -39,8 +39,10 @@ from pallas_kernels import (
     co_serve_attention,
     dual_matmul,
     grouped_lora_many,
+    rms_norm,
     stacked_matmul,
     stacked_matmul_transposed,
+    swiglu,
 )
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -184,8 +186,8 @@ def fused_layer(
     tile_heads, heads_vjp = _tile_heads(config, down.small, saved, rows)
     tile = _TileAttention(tile_heads, saved["attn"], saved["lse"], d_attn, down.layer)
     attn, lse, dq, kv_grads = _attention(walk, q, pool, up.layer, tile, backward.kv_grads)
-    dk, dk_acc = take_rows(kv_grads.k, down.layer % kv_grads.k.shape[0], rows.slots)
-    dv, dv_acc = take_rows(kv_grads.v, down.layer % kv_grads.v.shape[0], rows.slots)
+    acc_layer = down.layer % kv_grads.k.shape[0]
+    kv_grads, (dk, dv) = take_tokens(kv_grads, acc_layer, rows.slots)
     d_qkv = heads_vjp((dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)))
 
     # Launch 3: the output projection of the forward rows, dQ, dK and dV of the tile.
@@ -204,7 +206,7 @@ def fused_layer(
     assert d_hidden is not None
     (d_x,) = norm_vjp(d_hidden.astype(dtype))
     sums = add_layer(backward.sums, down.layer, down.d_lora)
-    backward = Backward(d_mid + d_x.astype(jnp.float32), KVGrads(dk_acc, dv_acc), sums)
+    backward = Backward(d_mid + d_x.astype(jnp.float32), kv_grads, sums)
 
     # The forward rows alone, to the end of the layer.
     (projected,) = up.outputs(("o_proj",), flat, accs)
@@ -226,11 +228,12 @@ def fused_layer(
 
 
 def _norm(config: ModelConfig, small: LayerWeights, name: str) -> Callable[[Array], Array]:
-    return lambda x: rms_norm(x, small[name], config.rms_norm_eps)
+    eps = config.rms_norm_eps
+    return lambda x: rms_norm(x, small[name], eps, implementation="reference")
 
 
 def _gate(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
+    return swiglu(gate, up, implementation="reference")
 
 
 def _tile_heads(config: ModelConfig, small: LayerWeights, saved: dict[str, Array], rows: TileRows):

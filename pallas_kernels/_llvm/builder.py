@@ -164,15 +164,22 @@ class Pointer:
         loaded = self.builder.code.load(address, align=4, typ=kind)
         return Value(self.builder, loaded)
 
-    def store(self, index: Number, vector: Value) -> None:
-        """Stores a vector's elements from `index` on."""
-        self.builder.code.store(vector.ir, self.at(index).address, align=4)
+    def store(self, index: Number, vector: Value, *, is_streamed: bool = False) -> None:
+        """Stores a vector's elements from `index` on.
 
-    def prefetch(self, index: Number) -> None:
-        """Asks for the cache line of an element that is read soon."""
+        If streamed, past the caches: the address must be a multiple of the vector's size, and
+        `Builder.fence` must follow before another thread may read.
+        """
+        align = 4 * vector.ir.type.count if is_streamed else 4
+        stored = self.builder.code.store(vector.ir, self.at(index).address, align=align)
+        if is_streamed:
+            stored.set_metadata("nontemporal", self.builder.note(1))
+
+    def prefetch(self, index: Number, *, is_written: bool = False) -> None:
+        """Asks for the cache line of an element that is read soon, or written."""
         kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
         function = self.builder.declare("llvm.prefetch.p0", kind)
-        numbers = [ir.Constant(I32, n) for n in (0, 3, 1)]
+        numbers = [ir.Constant(I32, n) for n in (int(is_written), 3, 1)]
         self.builder.code.call(function, [self.at(index).address, *numbers])
 
 
@@ -269,6 +276,11 @@ class Builder:
         pair = (self.like(yes, like).ir, self.like(no, like).ir)
         return Value(self, self.code.select(condition.ir, *pair))
 
+    def select_pointer(self, condition: Value, yes: Pointer, no: Pointer) -> Pointer:
+        """`yes` where the condition holds, else `no`."""
+        chosen = self.code.select(condition.ir, yes.address, no.address)
+        return Pointer(self, chosen, yes.is_int)
+
     def minimum(self, first: Number, second: Number) -> Value:
         """The smaller one; `second` where one is NaN."""
         first = first if isinstance(first, Value) else self.like(first, second)
@@ -324,6 +336,14 @@ class Builder:
         if not shape:
             return Variable(self, self.splat(0.0))
         return [self.zeros(*shape[1:]) for _ in range(shape[0])]
+
+    def fence(self) -> None:
+        """Puts everything stored so far before everything stored later, for all threads."""
+        self.code.fence("seq_cst")
+
+    def note(self, number: int) -> Any:
+        """A number as metadata of instructions."""
+        return self._module.add_metadata([ir.Constant(I32, number)])
 
     # Flow.
 

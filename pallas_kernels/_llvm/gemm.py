@@ -84,6 +84,8 @@ def sweep(
         row = b.integer(row)
         at = rows.from_row(row)
         place = output.base.at(row * output.row_stride)
+        for n in range(size):
+            place.prefetch(n * output.row_stride, is_written=True)
         sums = b.zeros(size, VECTORS)
         multiply_tile(b, at, size, depth, panel, sums)
         store_tile(b, sums, place, output.row_stride, width, output.is_added or not is_first)
@@ -166,19 +168,16 @@ _LINE = 16
 """Elements of a line of the caches."""
 
 
-def _prefetch(
-    b: Builder, columns: Columns, start: Number, depth: int, part: Value, num_parts: int
-) -> None:
+def _prefetch(b: Builder, columns: Columns, depth: int, part: Value, num_parts: int) -> None:
     """Asks for one of `num_parts` parts of a panel that is packed later."""
     is_by_k = columns.column_stride == 1
     lines = -(-panel_columns() // _LINE) if is_by_k else -(-depth // _LINE)
     total = lines * (depth if is_by_k else panel_columns())
     stride = columns.k_stride if is_by_k else columns.column_stride
-    source = columns.base.at(b.integer(start) * columns.k_stride)
     per_part = min(-(-total // num_parts), 32)
     for n in range(per_part):
         line = part * per_part + n
-        source.prefetch(line // lines * stride + line % lines * _LINE)
+        columns.base.prefetch(line // lines * stride + line % lines * _LINE)
 
 
 def product(
@@ -206,14 +205,23 @@ def product(
     full = panel_columns()
     pieces = split_evenly(depth, DEPTH, b.lanes)
     panel = b.buffer(pieces[0] * full)
+    first, behind = (b.integer(number) for number in column_range)
+
+    def following(column: Value, start: Number, size: int) -> Columns:
+        """What is packed after a panel: the next one, or the next piece of the first."""
+        here, below = (b.integer(start) + k for k in (0, size))
+        next_panel = columns.from_column(column + full).from_k(here)
+        next_piece = columns.from_column(first * full).from_k(below)
+        is_last = behind <= column // full + 1
+        base = b.select_pointer(is_last, next_piece.base, next_panel.base)
+        return dataclasses.replace(columns, base=base)
 
     def piece(start: Number, size: int, is_first: bool) -> None:
         left = rows.from_k(start)
 
         def step(column: Value, width: int) -> None:
-            right, following = columns.from_column(column), columns.from_column(column + full)
-            pack(b, right, start, size, width, panel)
-            ahead = functools.partial(_prefetch, b, following, start, size)
+            pack(b, columns.from_column(column), start, size, width, panel)
+            ahead = functools.partial(_prefetch, b, following(column, start, size), size)
             place = dataclasses.replace(output, base=output.base.at(column))
             sweep(b, left, row_range, size, panel, place, width, is_first=is_first, ahead=ahead)
 

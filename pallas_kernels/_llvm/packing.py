@@ -76,6 +76,10 @@ class Columns:
         """The columns from one on."""
         return dataclasses.replace(self, base=self.base.at(column * self.column_stride))
 
+    def from_k(self, k: Value) -> Columns:
+        """The columns without their first `k` elements."""
+        return dataclasses.replace(self, base=self.base.at(k * self.k_stride))
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:

@@ -1,0 +1,1 @@
+"""`api` is public; `reference` is the specification, `llvm` the path of a CPU."""
