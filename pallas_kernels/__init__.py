@@ -6,6 +6,7 @@ nothing of flexjax.
 """
 
 from pallas_kernels._llvm import can_run_llvm as can_run_llvm
+from pallas_kernels._llvm import cpu_implementation as cpu_implementation
 from pallas_kernels._llvm import prefers_llvm as prefers_llvm
 from pallas_kernels._platform import can_run_triton as can_run_triton
 from pallas_kernels.co_serve_attention.api import ChunkRows as ChunkRows

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.autodiff.kept import kept_names
 from flexjax.model_config import ModelConfig
-from pallas_kernels import load_rows, store_rows
+from pallas_kernels import cpu_implementation, load_rows, store_rows
 
 INPUT = "x"
 """Name of a layer's input among the kept arrays; entry L is the last layer's output."""
@@ -112,6 +112,7 @@ def keep(
         for name, stack in zip(names, stacks, strict=True)
     ]
     layer = jnp.asarray(layer, jnp.int32)
+    implementation = cpu_implementation(implementation)
     options: dict[str, Any] = {"is_read_soon": False, "implementation": implementation}
     return kept | dict(zip(names, store_rows(stacks, rows, layer, slots, **options), strict=True))
 
@@ -124,5 +125,6 @@ def recall(
 ) -> dict[str, Array]:
     """Reads rows of one layer at token slots; padding rows (-1) are zero."""
     layer = jnp.asarray(layer, jnp.int32)
+    implementation = cpu_implementation(implementation)
     rows = load_rows(list(kept.values()), layer, slots, implementation=implementation)
     return dict(zip(kept, rows, strict=True))

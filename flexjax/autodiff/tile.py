@@ -29,6 +29,7 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.layers import LayerWeights, post_attention, pre_attention
 from pallas_kernels import (
     PageList,
+    cpu_implementation,
     prefers_llvm,
     ragged_attention,
     take_rows,
@@ -173,5 +174,6 @@ def take_tokens(
     acc: KVGrads, layer: Array, slots: Int[Array, "W"], implementation: str | None = "reference"
 ) -> tuple[KVGrads, tuple[Float[Array, "W K H"], Float[Array, "W K H"]]]:
     """Reads the window's complete rows and sets them back to zero; padding rows read zero."""
+    implementation = cpu_implementation(implementation)
     (dk, dv), halves = take_rows(acc, layer, slots, implementation=implementation)
     return KVGrads(*halves), (dk, dv)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax import axes
 from flexjax.model_config import ModelConfig
-from pallas_kernels import store_rows
+from pallas_kernels import cpu_implementation, store_rows
 
 KV_AXES = (axes.LAYERS, axes.PAGES, axes.PAGE, axes.KV_HEADS, axes.HEAD_DIM)
 
@@ -53,6 +53,7 @@ def write_tokens(
 ) -> KVPool:
     """Stores rows at token slots (page * page size + offset) of one layer; -1 is dropped."""
     rows = [half.astype(pool.k.dtype) for half in (k, v)]
+    implementation = cpu_implementation(implementation)
     return KVPool(*store_rows(pool, rows, layer, slots, implementation=implementation))
 
 

@@ -22,6 +22,7 @@ from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
 from pallas_kernels import (
     add_rms_norm,
+    cpu_implementation,
     prefers_llvm,
     rms_norm,
     stacked_matmul,
@@ -192,7 +193,7 @@ def pre_attention(
     implementation: str | None = "reference",
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """First half of a layer: norm, q/k/v, head norms, rotary embedding."""
-    options: dict[str, Any] = {"implementation": implementation}
+    options: dict[str, Any] = {"implementation": cpu_implementation(implementation)}
     h = rms_norm(x, weights["input_norm"], config.rms_norm_eps, **options)
     q, k, v = linear(("q_proj", "k_proj", "v_proj"), h)
     return split_heads(config, weights, q, k, v, positions, implementation)
@@ -212,7 +213,7 @@ def split_heads(
     k = k.reshape(-1, config.num_kv_heads, config.head_dim)
     v = v.reshape(-1, config.num_kv_heads, config.head_dim)
     if config.qk_norm:
-        options: dict[str, Any] = {"implementation": implementation}
+        options: dict[str, Any] = {"implementation": cpu_implementation(implementation)}
         q = rms_norm(q, weights["q_norm"], config.rms_norm_eps, **options)
         k = rms_norm(k, weights["k_norm"], config.rms_norm_eps, **options)
     return rotary(q, positions, config), rotary(k, positions, config), v
@@ -227,7 +228,7 @@ def post_attention(
     implementation: str | None = "reference",
 ) -> Float[Array, "T D"]:
     """Second half of a layer: output projection, residual, norm, gated MLP, residual."""
-    options: dict[str, Any] = {"implementation": implementation}
+    options: dict[str, Any] = {"implementation": cpu_implementation(implementation)}
     (out,) = linear(("o_proj",), attn.reshape(x.shape[0], -1))
     norm = weights["post_attention_norm"]
     x, h = add_rms_norm(x, out, norm, config.rms_norm_eps, **options)
@@ -260,10 +261,11 @@ def logits(
       hidden: Rows.
       implementation: Of norm and product; only the default can be differentiated.
     """
-    x = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, implementation=implementation)
-    if prefers_llvm(implementation, x.dtype):
+    is_cpu = prefers_llvm(implementation, hidden.dtype)
+    options: dict[str, Any] = {"implementation": "llvm" if is_cpu else "reference"}
+    x = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, **options)
+    if is_cpu:
         first = jnp.zeros((), jnp.int32)
-        options: dict[str, Any] = {"implementation": "llvm"}
         if weights.lm_head is None:
             return stacked_matmul_transposed((x,), (weights.embed[None],), first, **options)
         return stacked_matmul(x, (weights.lm_head[None],), first, **options)[0]

@@ -30,6 +30,11 @@ def prefers_llvm(implementation: str | None, dtype) -> bool:
     return implementation == "llvm"
 
 
+def cpu_implementation(implementation: str | None) -> str | None:
+    """What to ask an op for that has kernels for CPUs alone, where others get `implementation`."""
+    return implementation if implementation in (None, "llvm") else "reference"
+
+
 def require_llvm(op: str, **arrays) -> None:
     """Checks that a kernel for the CPU can run on the target, with these arrays.
 
