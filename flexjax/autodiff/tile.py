@@ -93,8 +93,8 @@ def backward_layer(
 
     Returns:
       Gradient at the layer's input (float32; of layer 0, which nobody reads, it may be a part),
-      this window's gradient of the layer's adapter (summed
-      over its rows, float32), and the accumulators.
+      this window's gradient of the layer's adapter (summed over its rows, float32), and the
+      accumulators.
     """
     saved = recall(kept, layer, rows.slots, implementation)
     x = saved.pop(INPUT)

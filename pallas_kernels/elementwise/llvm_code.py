@@ -36,7 +36,7 @@ def _each_vector(
 
 
 class _Sum:
-    """A sum over a row, in two vectors that take turns and one for what is no whole vector."""
+    """A sum over a row: of whole vectors, and of what is left behind the last one."""
 
     def __init__(self, b: Builder):
         self._b = b
