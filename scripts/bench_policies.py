@@ -6,8 +6,9 @@
 Targets of 5 s (TTFT) and 45 ms (TPOT), as FlexLLM's evaluation has them for a replica with an 8B
 model (arXiv 2402.18789), three times its rates of one to five requests a second, since at these the
 embedded model is idle for nine tenths of the time, and eight policies: about ten minutes on two
-cores for each trace, whose lengths are scaled to the model's context; drawn arrivals without any. Each kind of arrivals gets a folder of its own. `--quick` takes seconds and shows that the
-script works; its figures mean nothing. Exit status as `flexjax bench`, which does the work.
+cores for each trace, whose lengths are scaled to the model's context; drawn arrivals without any.
+Each kind of arrivals gets a folder of its own. `--quick` takes seconds and shows that the script
+works; its figures mean nothing. Exit status as `flexjax bench`, which does the work.
 """
 
 from __future__ import annotations
