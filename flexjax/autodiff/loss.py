@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int
 
 from flexjax.autodiff.arena import INPUT, Arena, drop_padding, recall
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
-from pallas_kernels import linear_cross_entropy, rms_norm
+from pallas_kernels import cpu_implementation, linear_cross_entropy, rms_norm
 
 
 def loss_head(
@@ -31,16 +33,17 @@ def loss_head(
       arena: Holds the last layer's output of these rows; may be donated.
       slots: Arena token slot of each row, -1 padding.
       targets: Token that each row must predict, -1 where none counts.
-      implementation: Of `linear_cross_entropy`.
+      implementation: Of `linear_cross_entropy`, and of what stands beside it.
 
     Returns:
       The summed loss, float32, and the arena with `d_hidden` of the rows set.
     """
-    hidden = recall({INPUT: arena.kept[INPUT]}, config.num_layers, slots)[INPUT]
+    outputs = {INPUT: arena.kept[INPUT]}
+    hidden = recall(outputs, config.num_layers, slots, implementation)[INPUT]
 
     def norm(x: Array) -> Array:
-        eps = config.rms_norm_eps
-        return rms_norm(x, weights.final_norm, eps, implementation="reference")
+        options: dict[str, Any] = {"implementation": cpu_implementation(implementation)}
+        return rms_norm(x, weights.final_norm, config.rms_norm_eps, **options)
 
     normalized, norm_vjp = jax.vjp(norm, hidden)
     head = weights.embed if weights.lm_head is None else weights.lm_head

@@ -9,19 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels._llvm.builder import Builder, Pointer, Value
-from pallas_kernels._llvm.compile import call, num_threads
-from pallas_kernels._llvm.packing import split_evenly
+from pallas_kernels._llvm.compile import call
+from pallas_kernels._llvm.tasks import each_row, row_pieces, row_range
 from pallas_kernels._llvm.vector import exp
-
-_SMALL = 16_384
-"""Elements that are one task: another thread would wake when they are done."""
-
-
-def _split(count: int, width: int, multiple: int = 1) -> list[int]:
-    """Cuts `count` items of `width` elements each into tasks."""
-    if count * width <= _SMALL:
-        return [count]
-    return split_evenly(count, -(-count // (4 * num_threads())), multiple)
 
 
 def _each_vector(
@@ -58,7 +48,7 @@ def norm(
 ) -> list[Float[Array, "T D"]]:
     """The norm of the sum of one or two arrays; of two, the sum before it."""
     num_rows, width = terms[0].shape
-    pieces, count = _split(num_rows, width), len(terms)
+    pieces, count = row_pieces(num_rows, width), len(terms)
 
     def body(b: Builder, task: Value, scale: Pointer, *buffers: Pointer) -> None:
         given, results = buffers[:count], buffers[count:]
@@ -86,7 +76,7 @@ def norm(
 
             _each_vector(b, 0, width, second)
 
-        _each_row(b, task, pieces, num_rows, one)
+        each_row(b, task, pieces, num_rows, one)
 
     shape = jax.ShapeDtypeStruct((num_rows, width), jnp.float32)
     name, args = "rms_norm" if count == 1 else "add_rms_norm", [scale, *terms]
@@ -102,7 +92,7 @@ def norm_backward(
 ) -> Float[Array, "T D"]:
     """Gradient at the rows of a norm, added to one that is there already."""
     num_rows, width = x.shape
-    pieces = _split(num_rows, width)
+    pieces = row_pieces(num_rows, width)
 
     def body(b: Builder, task: Value, scale: Pointer, *buffers: Pointer) -> None:
         def one(row: Value) -> None:
@@ -128,7 +118,7 @@ def norm_backward(
 
             _each_vector(b, 0, width, second)
 
-        _each_row(b, task, pieces, num_rows, one)
+        each_row(b, task, pieces, num_rows, one)
 
     args = [scale, x, d_normed, *([] if d_x is None else [d_x])]
     result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -140,14 +130,6 @@ def _inverse(b: Builder, squares: _Sum, width: int, eps: float) -> Value:
     """One over the root of the mean of squares."""
     mean = squares.total() * (1.0 / width) + eps
     return b.number(1.0) / b.intrinsic("llvm.sqrt", mean)
-
-
-def _each_row(
-    b: Builder, task: Value, pieces: Sequence[int], num_rows: int, one: Callable[[Value], None]
-) -> None:
-    start = task * pieces[0]
-    with b.loop(start, b.minimum(start + pieces[0], b.integer(num_rows))) as row:
-        one(row)
 
 
 def swiglu(gate: Float[Array, "T F"], up: Float[Array, "T F"]) -> Float[Array, "T F"]:
@@ -186,11 +168,10 @@ def _elementwise(
 ) -> list[Array]:
     """Calls `visit(builder, index, lanes, *buffers)` for all elements of arrays of one shape."""
     count = args[0].size
-    pieces = _split(count, 1, 64)
+    pieces = row_pieces(count, 1, 64)
 
     def body(b: Builder, task: Value, *buffers: Pointer) -> None:
-        start = task * pieces[0]
-        stop = b.minimum(start + pieces[0], b.integer(count))
+        start, stop = row_range(b, task, pieces, count)
         _each_vector(b, start, stop, lambda index, lanes: visit(b, index, lanes, *buffers))
 
     result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)

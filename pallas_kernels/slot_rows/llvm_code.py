@@ -11,12 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._llvm.builder import Builder, Pointer, Value
-from pallas_kernels._llvm.compile import call, num_threads
-from pallas_kernels._llvm.packing import split_evenly
+from pallas_kernels._llvm.compile import call
+from pallas_kernels._llvm.tasks import each_row, row_pieces
 from pallas_kernels.slot_rows.shapes import feature_shape
-
-_SMALL = 16_384
-"""Numbers that are one task: another thread would wake when they are copied."""
 
 _VECTORS = 4
 """Vectors that are read before they are written."""
@@ -50,9 +47,7 @@ class _Slots:
     @property
     def pieces(self) -> list[int]:
         """Rows of each task."""
-        if self.num_rows * sum(self.widths) <= _SMALL:
-            return [self.num_rows]
-        return split_evenly(self.num_rows, -(-self.num_rows // (4 * num_threads())))
+        return row_pieces(self.num_rows, sum(self.widths))
 
     def rows(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes of one row a slot, of each stack."""
@@ -65,10 +60,7 @@ class _Slots:
 
     def each(self, b: Builder, task: Value, one: Callable[[Value], None]) -> None:
         """Calls `one(row)` for the rows of a task."""
-        size = self.pieces[0]
-        stop = b.minimum((task + 1) * size, b.integer(self.num_rows))
-        with b.loop(task * size, stop) as row:
-            one(row)
+        each_row(b, task, self.pieces, self.num_rows, one)
 
     def places(self, layer: Pointer, slot: Value, buffers: Sequence[Pointer]) -> list[Pointer]:
         """Where a slot lies in each stack."""
