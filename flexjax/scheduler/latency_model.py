@@ -90,19 +90,21 @@ def _quantile(values: np.ndarray, counts: np.ndarray, share: float) -> float:
 
 # Prediction and correction.
 
-_LEVEL_RATE = 0.2
+_LEVEL_RATE = 0.3
 """Share of a gap that the machine's level takes up in a step."""
-_KIND_RATE = 0.1
+_KIND_RATE = 0.05
 """Share that the kind's deviation takes up."""
+_BUCKET_RATE = 0.05
+"""Share that the bucket's bias takes up."""
+_GAP_LIMIT = 0.15
+"""A gap counts for at most this much (natural log) in a correction."""
+_FAR_GAP, _FAR_STEPS = 0.5, 2
+"""A gap beyond this counts only once that many steps of its kind in a row had such a one."""
 _DRAIN = 0.01
 """Share of a kind's deviation that goes over to the machine's level in a step of its kind; and of
 a bucket's bias that is given up in a step of its own, for the level to take."""
-_BUCKET_RATE = 0.2
-_BUCKET_LIMIT = 0.1
-"""A gap counts for at most this much (natural log) when a bucket's bias is corrected."""
 _FORGET_STEPS = 500
 """Steps after which half of a correction that nothing confirmed is forgotten."""
-_WINDOW = 5
 _TAIL_QUANTILE = 0.99
 _TAIL_STEPS = 500
 _LEAST_NOISE = 0.01
@@ -119,14 +121,13 @@ class _Bucket:
 
 
 class _Kind:
-    """What steps of one kind say of the level (natural log)."""
+    """One kind's deviation from the machine's level (natural log)."""
 
-    __slots__ = ("offset", "shared", "window", "updated")
+    __slots__ = ("offset", "num_far", "updated")
 
     def __init__(self) -> None:
-        self.offset = 0.0  # this kind's deviation from the machine's level
-        self.shared = 0.0  # its share in the machine's level
-        self.window = collections.deque([0.0] * _WINDOW, maxlen=_WINDOW)
+        self.offset = 0.0
+        self.num_far = 0  # latest steps in a row that were far off
         self.updated = 0
 
 
@@ -175,10 +176,11 @@ class LatencyModel:
     within its kind; what `observe` learns about single buckets may locally break that.
 
     A correction has a level of the machine, a deviation of each kind of step, and a bias of each
-    bucket, all factors. The first two follow the median of a kind's last five steps, so one or two
-    outliers move nothing, and a lasting change is learnt in some fifteen steps; kinds that did not
-    run meanwhile follow with the machine's level. Deviations and biases that no step confirms any
-    more fade, so that a mix that was once slow gets another chance.
+    bucket, all factors. Each takes up a share of what a step's logarithm was off by, of which no
+    more than a limit counts, so that one or two outliers move nothing, and a lasting change is
+    learnt in some fifteen steps. Kinds that did not run meanwhile follow with the
+    machine's level. Deviations and biases that no step confirms any more fade, so that a mix that
+    was once slow gets another chance.
     """
 
     def __init__(self, *, quantile: float = 0.9):
@@ -356,30 +358,23 @@ class LatencyModel:
         high.update(gap)
         if features.has_finetuning and features.decode_rows:
             self._tail.update(gap)
-        bias = (1 - _DRAIN) * state.bias * self._fade(state.updated)
         kind = self._kind(features, state)
-        self._update_level(kind, log_ratio - bias)
-        gap = log_ratio - self._level - kind.offset - bias
-        state.bias = bias + _BUCKET_RATE * max(-_BUCKET_LIMIT, min(gap, _BUCKET_LIMIT))
+        kind.offset *= self._fade(kind.updated)
+        state.bias *= (1 - _DRAIN) * self._fade(state.updated)
+        gap = log_ratio - self._level - kind.offset - state.bias
+        kind.num_far = kind.num_far + 1 if abs(gap) > _FAR_GAP else 0
+        is_outlier = 0 < kind.num_far <= _FAR_STEPS
+        self._correct(kind, state, 0.0 if is_outlier else gap)
         state.updated = kind.updated = self._step
         self._step += 1
 
-    def _update_level(self, kind: _Kind, log_level: float) -> None:
-        """Moves the machine's level and the kind's deviation to the median of its last steps.
-
-        Steps are kept relative to what other kinds did to the machine's level, so that news from
-        other kinds do not make a kind's own last steps look out of date.
-        """
-        kind.offset *= self._fade(kind.updated)
-        own = kind.shared + kind.offset
-        if self._step - kind.updated > _FORGET_STEPS:
-            kind.window.extend([own] * _WINDOW)
-        kind.window.append(log_level - (self._level - kind.shared))
-        gap = statistics.median(kind.window) - own
-        move = _LEVEL_RATE * gap + _DRAIN * kind.offset
-        kind.offset += _KIND_RATE * gap - _DRAIN * kind.offset
-        kind.shared += move
-        self._level += move
+    def _correct(self, kind: _Kind, state: _Bucket, gap: float) -> None:
+        """Moves the machine's level, the kind's deviation and the bucket's bias by a gap."""
+        drain = _DRAIN * kind.offset
+        gap = max(-_GAP_LIMIT, min(gap, _GAP_LIMIT))
+        self._level += _LEVEL_RATE * gap + drain
+        kind.offset += _KIND_RATE * gap - drain
+        state.bias += _BUCKET_RATE * gap
 
     def errors(self, *, is_recent: bool = False) -> LatencyErrors | None:
         """Errors of predictions since start or `reset_errors`, or of the last 512 steps.

@@ -289,12 +289,14 @@ def ratio(model, mix, ms):
     return model.predict(mix) / ms
 
 
-def test_one_outlier_moves_nothing(model, rng):
+@pytest.mark.parametrize("outliers", [1, 2])
+@pytest.mark.parametrize("factor", [0.1, 2.0, 50.0])
+def test_outliers_move_nothing(outliers, factor, model, rng):
     costs = RooflineCosts()
     for warm_up in (0, 50):
         play(model, [DECODE, MIXED], costs, rng, warm_up, sigma=0.03)
         before = [(model.predict(m), model.predict_high(m)) for m in (DECODE, MIXED)]
-        model.observe(DECODE, 50 * costs.ms(DECODE))
+        play(model, [DECODE], costs, rng, outliers, factor=factor)
         for mix, (middle, high) in zip((DECODE, MIXED), before, strict=True):
             assert model.predict(mix) == pytest.approx(middle, rel=0.03)
             assert model.predict_high(mix) == pytest.approx(high, rel=0.06)
