@@ -35,6 +35,11 @@ class Bucket:
         """T: all forward rows."""
         return self.decode + self.chunk
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether there are decode rows alone, each of which samples a token."""
+        return self.decode > 0 and not self.chunk and not self.window
+
 
 @dataclasses.dataclass(frozen=True)
 class StepSizes:
@@ -96,9 +101,16 @@ def step_fields(bucket: Bucket, sizes: StepSizes) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def sample_fields(rows: int) -> dict[str, tuple[int, ...]]:
-    """Integer fields of the sampling head."""
-    shape = (rows,)
-    return {"slots": shape, "top_k": shape, "seeds": shape, "output_index": shape, "wants": shape}
+    """Integer fields of the sampling head; `floats` are the bits of `SAMPLE_FLOATS`."""
+    names = ("slots", "top_k", "seeds", "output_index", "wants")
+    return {**dict.fromkeys(names, (rows,)), "floats": (len(SAMPLE_FLOATS), rows)}
+
+
+@functools.cache
+def program_fields(bucket: Bucket, sizes: StepSizes) -> dict[str, tuple[int, ...]]:
+    """Fields of a bucket's program: the step's, and where all rows sample also the head's."""
+    fields = step_fields(bucket, sizes)
+    return {**fields, **sample_fields(bucket.decode)} if bucket.only_decodes else fields
 
 
 WANTS_LOGPROBS = 1
@@ -114,7 +126,7 @@ SAMPLE_FLOATS = (
     "presence_penalty",
     "frequency_penalty",
 )
-"""Rows of the sampling head's float32 array, [6, rows]."""
+"""Rows of `floats` of `sample_fields`."""
 
 
 def packed_size(fields: dict[str, tuple[int, ...]]) -> int:

@@ -25,7 +25,7 @@ from flexjax.cli.main import main as flexjax
 
 FULL = (
     *("--max-context-len", "512", "--max-running", "64", "--batch-size", "64"),
-    *("--decode-buckets", "8", "64", "--chunk-buckets", "32", "128", "256"),
+    *("--decode-buckets", "8", "16", "32", "64", "--chunk-buckets", "32", "128", "256"),
     *("--window-buckets", "32", "128", "256", "--adapters", "4", "--rank", "8"),
     *("--ttft-ms", "5000", "--tpot-ms", "45", "--drain-seconds", "6"),
 )

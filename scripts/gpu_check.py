@@ -47,7 +47,7 @@ from flexjax.bench.model import MODELS, text_rows, write_tokenizer
 from flexjax.builtin_models import builtin_model_config
 from flexjax.config import KERNELS, EngineConfig, FinetuneConfig, SamplingParams
 from flexjax.engine.engine import Engine
-from flexjax.engine.runner import Runner
+from flexjax.engine.runner import Runner, StepResult
 from flexjax.engine.sizing import Sizing
 from flexjax.engine.step_cost import step_cost
 from flexjax.io.tokenizer import Tokenizer
@@ -350,16 +350,14 @@ def time_bucket(
         num_pages=sizing.num_pages,
         context_len=context_len,
     )
-    program = runner.programs["step", bucket]
     sums = zero_sums(model, config.max_lora_rank) if bucket.window else None
 
-    def run(state: Any) -> Any:
-        new_state, sums, _ = program(runner.weights, runner.bank, *state, packed.copy())
-        return new_state, sums
+    def run(last: StepResult) -> StepResult:
+        return runner.run_step(bucket, packed.copy(), last.sums)
 
     num_calls, repeats = (2, 1) if check.is_dry else (10, 3)
-    times, state = chained_times(run, (runner.state, sums), num_calls=num_calls, repeats=repeats)
-    runner.state = state[0]
+    first = StepResult(jnp.zeros(()), sums)
+    times, _ = chained_times(run, first, num_calls=num_calls, repeats=repeats)
     cost = step_cost(
         model,
         bucket,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexjax.layout import Bucket, StepSizes, new_batch, step_fields
+from flexjax.layout import Bucket, StepSizes, new_batch, program_fields
 
 
 def busy_batch(
@@ -25,7 +25,7 @@ def busy_batch(
     if context_len < max(bucket.chunk, bucket.window):
         rows = max(bucket.chunk, bucket.window)
         raise ValueError(f"`context_len` must be at least {rows}; got {context_len}.")
-    packed, fields = new_batch(step_fields(bucket, sizes))
+    packed, fields = new_batch(program_fields(bucket, sizes))
     count = -(-context_len // page_size)
     pages = np.random.default_rng(0).permutation(num_pages)
 

@@ -12,6 +12,7 @@ from flexjax.layout import (
     Bucket,
     StepSizes,
     new_batch,
+    program_fields,
     sample_fields,
     step_fields,
     unpack,
@@ -51,7 +52,7 @@ def _active_slots(plan: StepPlan, num_slots: int) -> np.ndarray:
 
 def build_idle_step(bucket: Bucket, sizes: StepSizes) -> np.ndarray:
     """A batch of padding rows, which changes nothing; to measure a bucket."""
-    packed, fields = new_batch(step_fields(bucket, sizes))
+    packed, fields = new_batch(program_fields(bucket, sizes))
     for name in ("num_active", "num_chunk_pages", "num_tile_pages", "tile_slot"):
         if name in fields:
             fields[name][...] = 0
@@ -76,7 +77,7 @@ def build_full_step(
       The packed batch, and the counts of `StepFeatures` that it has.
     """
     packed, size = build_idle_step(bucket, sizing.step), sizing.page_size
-    fields = unpack(packed, step_fields(bucket, sizing.step))
+    fields = unpack(packed, program_fields(bucket, sizing.step))
     pages = np.arange(-(-context // size)) % sizing.num_pages
     reads = sizing.ladder.reads
     if bucket.decode:
@@ -247,11 +248,12 @@ class SampleTable:
         self._integers = np.zeros((3, num_slots), np.int32)
         self._floats = np.zeros((len(SAMPLE_FLOATS), num_slots), np.float32)
 
-    def build(self, sequences: list[Sequence], rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Integers and floats of the sampling head, for sequences in order."""
+    def build(self, sequences: list[Sequence], rows: int) -> np.ndarray:
+        """Fills the packed vector of `layout.sample_fields`, for sequences in order."""
         packed, fields = new_batch(sample_fields(rows))
-        floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
-        floats[1] = 1.0
+        floats = fields["floats"].view(np.float32)
+        floats[:] = 0.0
+        floats[SAMPLE_FLOATS.index("top_p")] = 1.0
         owners, count = self._owners, len(sequences)
         for sequence in sequences:
             if owners[sequence.slot] is not sequence:
@@ -262,7 +264,7 @@ class SampleTable:
         for row, name in enumerate(("top_k", "seeds", "wants")):
             fields[name][:count] = self._integers[row, slots]
         np.take(self._floats, slots, axis=1, out=floats[:, :count], mode="clip")
-        return packed, floats
+        return packed
 
     def _fill(self, slot: int, sequence: Sequence) -> None:
         params = sequence.request.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from flexjax.engine.batch import build_full_step, build_idle_step
 from flexjax.engine.runner import Runner
-from flexjax.layout import SAMPLE_FLOATS, Bucket, packed_size, sample_fields
+from flexjax.layout import Bucket, packed_size, sample_fields
 from flexjax.lora.bank import zero_lora
 from flexjax.optim.adamw import Hyper, init_optimizer
 from flexjax.optim.sums import GradSums, zero_sums
@@ -89,30 +90,23 @@ class Profiler:
         runner = self._runner
         if bucket.window and self._sums is None:
             self._sums = zero_sums(runner.model, runner.max_rank)
+        if bucket.only_decodes:
+            features = dataclasses.replace(features, sample_rows=bucket.decode)
 
         def call() -> Any:
-            step = runner.programs["step", bucket]
-            sums = self._sums if bucket.window else None
-            runner.state, sums, done = step(
-                runner.weights, runner.bank, runner.state, sums, packed.copy()
-            )
+            result = runner.run_step(bucket, packed.copy(), self._sums if bucket.window else None)
             if bucket.window:
-                self._sums = sums
-            return done, runner.state
+                self._sums = result.sums
+            return result.done, runner.state
 
         self._calls.append((features, call))
 
     def _sampling(self, rows: int) -> None:
         runner = self._runner
         packed = np.full(packed_size(sample_fields(rows)), -1, np.int32)
-        floats = np.zeros((len(SAMPLE_FLOATS), rows), np.float32)
-        floats[1] = 1.0
 
         def call() -> Any:
-            sample = runner.programs["sample", rows]
-            state, output = sample(runner.weights, runner.state.sample, packed, floats)
-            runner.state = runner.state._replace(sample=state)
-            return output
+            return runner.run_sampling(packed.copy(), rows)
 
         self._calls.append((StepFeatures(EMPTY_BUCKET, sample_rows=rows), call))
 

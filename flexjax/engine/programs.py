@@ -20,18 +20,23 @@ import numpy as np
 
 from flexjax.autodiff.arena import Arena
 from flexjax.autodiff.loss import loss_head
-from flexjax.layout import SAMPLE_FLOATS, Bucket, StepSizes, packed_size, sample_fields, step_fields
+from flexjax.layout import Bucket, StepSizes, packed_size, program_fields, sample_fields
 from flexjax.lora.bank import AdapterBank, copy_slot, write_slot, zero_lora
 from flexjax.model_config import ModelConfig
 from flexjax.models.weights import DecoderWeights
 from flexjax.optim.adamw import Hyper, OptimizerState, add_sums, init_optimizer, optimizer_step
 from flexjax.optim.sums import GradSums, zero_sums
 from flexjax.step.co_serve import co_serve_step
+from flexjax.step.decode import decode_step
 from flexjax.step.sampling import reset_sequence, sample_step
 from flexjax.step.state import EngineState
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def _packed(fields: Mapping[str, tuple[int, ...]]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((packed_size(dict(fields)),), jnp.int32)
 
 
 def abstract(tree: Any) -> Any:
@@ -145,16 +150,18 @@ class Programs:
         jobs: dict[tuple, tuple] = {}
         sums = jax.eval_shape(lambda: zero_sums(self._config, self._rank))
         for bucket in buckets:
-            size = packed_size(step_fields(bucket, self._sizes))
-            packed = jax.ShapeDtypeStruct((size,), jnp.int32)
-            step = functools.partial(co_serve_step, self._config, bucket, self._sizes)
-            args = (self._weights, self._bank, self._state, sums if bucket.window else None, packed)
-            options = _cpu_options(_NO_LIBRARY if bucket.chunk or bucket.window else _DOTS_ONLY)
+            function = decode_step if bucket.only_decodes else co_serve_step
+            step = functools.partial(function, self._config, bucket, self._sizes)
+            packed = _packed(program_fields(bucket, self._sizes))
+            args: tuple = (self._weights, self._bank, self._state, None, packed)
+            if bucket.only_decodes:
+                args = (self._weights, self._bank, self._state.pool, self._state.sample, packed)
+            elif bucket.window:
+                args = (self._weights, self._bank, self._state, sums, packed)
+            options = _cpu_options(_DOTS_ONLY if bucket.only_decodes else _NO_LIBRARY)
             jobs["step", bucket] = (step, (2, 3), args, options)
         for rows in sample_rows:
-            packed = jax.ShapeDtypeStruct((packed_size(sample_fields(rows)),), jnp.int32)
-            floats = jax.ShapeDtypeStruct((len(SAMPLE_FLOATS), rows), jnp.float32)
-            args = (self._weights, self._state.sample, packed, floats)
+            args = (self._weights, self._state.sample, _packed(sample_fields(rows)))
             implementation = self._sizes.implementation
             sample = functools.partial(sample_step, self._config, implementation=implementation)
             jobs["sample", rows] = (sample, (1,), args)

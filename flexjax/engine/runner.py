@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,20 @@ class JobArrays:
     eval_loss: jax.Array
 
 
+class StepResult(NamedTuple):
+    """What one bucket's program leaves beside the engine's state.
+
+    Attributes:
+      done: Device array that is ready when the step is.
+      sums: Gradient sums of the tile's job, None without a tile.
+      sampled: Tokens of the rows, where the bucket only decodes.
+    """
+
+    done: jax.Array
+    sums: GradSums | None = None
+    sampled: SampleOutput | None = None
+
+
 @dataclasses.dataclass
 class Handle:
     """A launched step.
@@ -60,7 +75,7 @@ class Handle:
       plan: What it holds.
       bucket: Shape it ran in; None if it had no rows.
       features: What its time depends on.
-      done: Device scalar that is ready when the step is; None if it had no rows.
+      done: Device array that is ready when the step is; None if it had no rows.
       sampled: Device arrays of the sampled tokens, None without samples.
       optimizer_stats: Device statistics of each optimizer step of the plan.
       eval_losses: Device loss sums of each evaluation that ended.
@@ -87,12 +102,17 @@ class Handle:
     @property
     def is_done(self) -> bool:
         """Whether the device has finished the step."""
-        arrays = [a for a in (self.done, self.sampled and self.sampled.tokens) if a is not None]
-        return all(array.is_ready() for array in arrays)  # type: ignore[attr-defined]
+        return all(array.is_ready() for array in self._arrays())  # type: ignore[attr-defined]
 
     def wait(self) -> None:
         """Blocks until the device has finished the step."""
-        jax.block_until_ready((self.done, self.sampled))
+        for array in self._arrays():
+            array.block_until_ready()
+
+    def _arrays(self) -> list[jax.Array]:
+        """Arrays that are ready once the step is; all outputs of a program are ready at once."""
+        sampled = None if self.sampled is None else self.sampled.tokens
+        return [array for array in (sampled, self.done) if array is not None]
 
 
 class Runner:
@@ -205,8 +225,10 @@ class Runner:
             self._reset(sequence)
         for window in plan.losses:
             self._run_loss(window)
-        bucket, done = self._run_step(plan)
-        sampled = self._run_sampling(plan.samples) if plan.samples else None
+        bucket, result = self._run_plan(plan)
+        sampled = None if result is None else result.sampled
+        if plan.samples and sampled is None:
+            sampled = self._run_samples(plan.samples)
         for group in plan.finished_groups:
             job = self._jobs[group.run.run_id]
             job.total, job.part = self.programs["add_sums",](job.total, job.part)
@@ -215,9 +237,33 @@ class Runner:
         features = features_of(
             plan, bucket, decode_kv_tokens=plan.decode_kv_tokens, ladder=self.sizing.ladder
         )
+        done = None if result is None else result.done
         return Handle(plan, bucket, features, done, sampled, stats, evals, launched_s)
 
-    def _run_step(self, plan: StepPlan) -> tuple[Bucket | None, jax.Array | None]:
+    def run_step(self, bucket: Bucket, packed: np.ndarray, sums: GradSums | None) -> StepResult:
+        """Runs a bucket's program.
+
+        Args:
+          bucket: Row counts.
+          packed: The batch, as `layout.program_fields` describes it; not to be changed any more.
+          sums: Gradient sums of the tile's job; donated. None without a tile.
+        """
+        step, state = self.programs["step", bucket], self.state
+        if bucket.only_decodes:
+            pool, sample, sampled = step(self.weights, self.bank, state.pool, state.sample, packed)
+            self.state = state._replace(pool=pool, sample=sample)
+            return StepResult(sampled.tokens, sampled=sampled)
+        self.state, sums, done = step(self.weights, self.bank, state, sums, packed)
+        return StepResult(done, sums)
+
+    def run_sampling(self, packed: np.ndarray, rows: int) -> SampleOutput:
+        """Runs the sampling head on a batch, as `layout.sample_fields` describes it."""
+        sample = self.programs["sample", rows]
+        state, output = sample(self.weights, self.state.sample, packed)
+        self.state = self.state._replace(sample=state)
+        return output
+
+    def _run_plan(self, plan: StepPlan) -> tuple[Bucket | None, StepResult | None]:
         tile = plan.tile
         if not plan.decode and not plan.num_chunk_rows and tile is None:
             return None, None
@@ -228,21 +274,18 @@ class Runner:
             tile.num_layers if tile else None,
         )
         packed = build_step(plan, bucket, self.sizing.step, self._page_size)
+        if bucket.only_decodes:  # each of whose rows samples, in the same order
+            packed = np.concatenate([packed, self._sampling.build(plan.samples, bucket.decode)])
         job = self._jobs[tile.group.run.run_id] if tile else None
-        step = self.programs["step", bucket]
-        sums = job.part if job else None
-        self.state, sums, done = step(self.weights, self.bank, self.state, sums, packed)
+        result = self.run_step(bucket, packed, job.part if job else None)
         if job is not None:
-            job.part = sums
-        return bucket, done
+            assert result.sums is not None
+            job.part = result.sums
+        return bucket, result
 
-    def _run_sampling(self, sequences: list[Sequence]) -> SampleOutput:
+    def _run_samples(self, sequences: list[Sequence]) -> SampleOutput:
         rows = next(n for n in self.sizing.ladder.decode if n >= len(sequences))
-        packed, floats = self._sampling.build(sequences, rows)
-        sample = self.programs["sample", rows]
-        state, output = sample(self.weights, self.state.sample, packed, floats)
-        self.state = self.state._replace(sample=state)
-        return output
+        return self.run_sampling(self._sampling.build(sequences, rows), rows)
 
     def _run_loss(self, window: LossWindow) -> None:
         rows = next(n for n in self.sizing.ladder.window if n >= window.length)

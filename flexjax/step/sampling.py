@@ -18,6 +18,7 @@ from flexjax.layout import (
     SAMPLE_FLOATS,
     WANTS_LOGPROBS,
     WANTS_PENALTIES,
+    packed_size,
     sample_fields,
     unpack,
 )
@@ -54,7 +55,6 @@ def sample_step(
     weights: DecoderWeights,
     state: SampleState,
     packed: Int[Array, "n"],
-    floats: Float[Array, "6 B"],
     *,
     implementation: str | None = "reference",
 ) -> tuple[SampleState, SampleOutput]:
@@ -64,14 +64,14 @@ def sample_step(
       config: Architecture; static.
       weights: Final norm and head are read.
       state: Hidden rows that the step left; donated.
-      packed: Integers, as `layout.sample_fields` describes them. `slots` is -1 for padding.
-      floats: One row per name of `layout.SAMPLE_FLOATS`.
+      packed: The rows, as `layout.sample_fields` describes them. `slots` is -1 for padding.
       implementation: Of the head's product.
 
     Returns:
       The state with `next_tokens` and `output_counts` advanced, and what the host reads.
     """
-    rows = unpack(packed, sample_fields(floats.shape[1]))
+    rows = unpack(packed, sample_fields(packed.shape[0] // packed_size(sample_fields(1))))
+    floats = lax.bitcast_convert_type(rows["floats"], jnp.float32)
     options: dict[str, Array] = dict(zip(SAMPLE_FLOATS, floats, strict=True))
     slots = jnp.maximum(rows["slots"], 0)
     wants = jnp.where(rows["slots"] >= 0, rows["wants"], 0)

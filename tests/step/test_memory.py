@@ -64,4 +64,5 @@ def test_no_second_pool(name, order):
     print(f"{name}, {order}: pool {pool}, arena {arena}, {stats}")
     assert pool > 5e6 and arena > 5e5
     assert stats["temporaries"] < 0.1 * pool
-    assert stats["aliased"] >= size_of(state)
+    passed = state._replace(arena=None) if BUCKETS[name].only_decodes else state
+    assert stats["aliased"] >= size_of(passed)

@@ -50,7 +50,8 @@ def state():
 
 def run(state, rows):
     packed, fields = new_batch(sample_fields(len(rows)))
-    floats = np.zeros((len(SAMPLE_FLOATS), len(rows)), np.float32)
+    floats = fields["floats"].view(np.float32)
+    floats[:] = 0.0
     floats[1] = 1.0
     for index, row in enumerate(rows):
         if row is None:
@@ -60,7 +61,7 @@ def run(state, rows):
         for name in ("top_k", "output_index", "wants"):
             fields[name][index] = getattr(row, name)
         floats[:, index] = [getattr(row, name) for name in SAMPLE_FLOATS]
-    return SAMPLE(CONFIG, WEIGHTS, state, jnp.asarray(packed), jnp.asarray(floats))
+    return SAMPLE(CONFIG, WEIGHTS, state, jnp.asarray(packed))
 
 
 def logits_of(state, slot=0):
