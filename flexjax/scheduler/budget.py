@@ -207,9 +207,13 @@ def weigh_mixes(
     sizes = {max(0, min(c - load.prefill_rows, load.forward_rows, room)) for c in ladder.chunk}
     forwards = sorted(sizes | {0})
     scale = _Scale(load, turn, ladder, latency)
-    for widths in (tiles[-1:], tiles[:-1], [0]):
+    choices = (tiles[-1:], tiles[:-1], [0])
+    if not _fitting(scale, tiles[:1], [0]):
+        choices = ([0],)  # no tile fits, which is soon known where steps are short
+    for widths in choices:
         found = _fitting(scale, widths, forwards)
-        if can_be_alone and widths:
+        # Forward rows that do not fit beside the rest, few as they may be, do not fit before it.
+        if can_be_alone and widths and (found or widths[-1]):
             found += _fitting_alone(scale, widths[-1], forwards[-1])
         if found:
             return _best(found, turn, scale.reach_ms)
@@ -222,12 +226,16 @@ class _Scale:
     def __init__(self, load: Load, turn: Turn, ladder: BucketLadder, latency: StepPredictor):
         self.load, self.turn, self.ladder, self.latency = load, turn, ladder, latency
         self.reach_ms = turn.max_ms if turn.reach_ms is None else max(turn.reach_ms, turn.max_ms)
-        self.values = _row_values(load, ladder, latency)
         self.base_ms = self.base_high_ms = 0.0
         if load.decode_rows + load.prefill_rows:
             features = load.features(ladder, 0, 0)
             self.base_ms = latency.predict(features)
             self.base_high_ms = latency.predict_high(features)
+
+    @functools.cached_property
+    def values(self) -> tuple[float, float]:
+        """Milliseconds of a forward row and of a backward row, alone in the largest buckets."""
+        return _row_values(self.load, self.ladder, self.latency)
 
     def worth(self, mix: FinetuneBudget) -> float:
         """Milliseconds that its rows take in the largest buckets."""
