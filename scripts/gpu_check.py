@@ -49,7 +49,7 @@ from flexjax.config import KERNELS, EngineConfig, FinetuneConfig, SamplingParams
 from flexjax.engine.engine import Engine
 from flexjax.engine.runner import Runner, StepResult
 from flexjax.engine.sizing import Sizing
-from flexjax.engine.step_cost import step_cost
+from flexjax.engine.step_cost import program_cost
 from flexjax.io.tokenizer import Tokenizer
 from flexjax.layout import Bucket
 from flexjax.model_config import ModelConfig
@@ -358,7 +358,7 @@ def time_bucket(
     num_calls, repeats = (2, 1) if check.is_dry else (10, 3)
     first = StepResult(jnp.zeros(()), sums)
     times, _ = chained_times(run, first, num_calls=num_calls, repeats=repeats)
-    cost = step_cost(
+    cost = program_cost(
         model,
         bucket,
         context_len=context_len,

@@ -12,7 +12,7 @@ from typing import Any
 from flexjax.builtin_models import builtin_model_config
 from flexjax.config import EngineConfig
 from flexjax.engine.sizing import Sizing
-from flexjax.engine.step_cost import step_cost
+from flexjax.engine.step_cost import head_cost, step_cost
 from flexjax.layout import Bucket
 from flexjax.model_config import ModelConfig
 from flexjax.scheduler.features import LatencySample, StepFeatures
@@ -160,8 +160,7 @@ class RooflineDevice:
 
     def _head_ms(self, rows: int, products: int) -> float:
         """A head of the vocabulary: its weights once a product."""
-        size = self._model.vocab_size * self._model.hidden_size
-        return products * self._time_ms(Cost(2.0 * rows * size, 2.0 * size))
+        return products * self._time_ms(head_cost(self._model, rows))
 
     def _optimizer_ms(self) -> float:
         """AdamW in float32: weights, two moments and sums read, the first three written."""

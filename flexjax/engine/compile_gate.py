@@ -20,7 +20,7 @@ from flexjax.cache.pages import init_pool, pool_bytes
 from flexjax.config import EngineConfig
 from flexjax.engine.programs import Programs
 from flexjax.engine.sizing import Sizing
-from flexjax.engine.step_cost import step_cost
+from flexjax.engine.step_cost import program_cost
 from flexjax.layout import Bucket
 from flexjax.lora.bank import AdapterBank, init_bank
 from flexjax.model_config import ModelConfig
@@ -47,7 +47,7 @@ class BucketReport:
       fits: Whether arguments, results that are not in place, and temporaries fit the device.
       copies: Arrays over 1 MiB that are copied in every turn of the layer loop.
       kernels: Generated kernels; their names tell what each op's dispatch chose.
-      floor_s: Seconds below which no program can run this step; see `step_cost`.
+      floor_s: Seconds below which no program can run this step; see `program_cost`.
       is_memory_bound: Whether memory sets the floor.
     """
 
@@ -185,7 +185,7 @@ def compile_step(
     programs = Programs(model, sizing.step, weights, bank, state, sizing.max_context_len)
     step, donated, args, *_ = programs._serving_jobs([bucket], ())["step", bucket]
     compiled = aot.compile_for(step, args, device=device, donate_argnums=donated)
-    cost = step_cost(
+    cost = program_cost(
         model,
         bucket,
         context_len=context_len or sizing.max_context_len // 4,
@@ -194,6 +194,8 @@ def compile_step(
     )
     fresh = compiled.output_bytes - compiled.alias_bytes
     needed = compiled.argument_bytes + fresh + compiled.temp_bytes
+    if bucket.only_decodes:  # its program is not given the arena, which is there all the same
+        needed += tree_bytes(state.arena)
     return BucketReport(
         bucket=bucket,
         compile_s=compiled.compile_s,

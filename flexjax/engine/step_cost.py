@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flexjax.autodiff.arena import kept_dim
 from flexjax.autodiff.kept import kept_names
 from flexjax.layout import Bucket
@@ -23,7 +25,7 @@ def step_cost(
     """Counts a step whose rows are all in use.
 
     Weights are read once for the forward rows and once for the backward tile: the two are at
-    different layers. Sampling and loss heads run beside the step and are not counted.
+    different layers. Sampling and loss heads are not counted; see `program_cost`.
 
     Args:
       model: Architecture.
@@ -41,6 +43,24 @@ def step_cost(
         layer = _backward_layer(model, bucket.window, context_len, saved_activations, lora_rank)
         total += layer * bucket.tile_layers
     return total
+
+
+def head_cost(model: ModelConfig, rows: int) -> Cost:
+    """Counts a head over the vocabulary: its product, and its weights read once."""
+    size = model.vocab_size * model.hidden_size
+    return Cost(2.0 * rows * size, float(_ITEM * size))
+
+
+def program_cost(model: ModelConfig, bucket: Bucket, **options: Any) -> Cost:
+    """Counts all that a bucket's program does: decode rows alone are sampled in it.
+
+    Args:
+      model: Architecture.
+      bucket: Row counts.
+      **options: Of `step_cost`.
+    """
+    cost = step_cost(model, bucket, **options)
+    return cost + head_cost(model, bucket.decode) if bucket.only_decodes else cost
 
 
 def _linears(model: ModelConfig, rank: int) -> tuple[int, int]:

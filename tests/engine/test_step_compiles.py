@@ -14,7 +14,7 @@ from flexjax.engine.compile_gate import (
     tree_bytes,
 )
 from flexjax.engine.sizing import Sizing
-from flexjax.engine.step_cost import step_cost
+from flexjax.engine.step_cost import program_cost, step_cost
 from flexjax.layout import Bucket
 from pallas_kernels import aot
 from pallas_kernels.roofline import floor_s
@@ -100,6 +100,12 @@ def test_cost_of_a_decode_step():
     attention = 64 * 1000 * 4 * 4096 * 32
     assert cost.flops == 2 * 64 * 6_979_321_856 + attention
     assert 1e3 * floor_s(cost, "h200") == pytest.approx(5.2, abs=0.1)
+    # Where rows only decode, the same program samples them: 128,256 x 4,096 weights more.
+    program = program_cost(LLAMA, Bucket(64, 0, 0, 0), context_len=1000)
+    assert program.num_bytes == cost.num_bytes + 2 * 525_336_576
+    assert program.flops == cost.flops + 2 * 64 * 525_336_576
+    mixed = Bucket(64, 512, 0, 0)
+    assert program_cost(LLAMA, mixed, context_len=9) == step_cost(LLAMA, mixed, context_len=9)
 
 
 def test_cost_of_a_backward_tile():
