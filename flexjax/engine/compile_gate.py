@@ -42,9 +42,10 @@ class BucketReport:
     Attributes:
       bucket: Row counts.
       compile_s: Seconds of tracing, lowering and compiling.
-      argument_bytes: Weights, bank, state and batch.
+      argument_bytes: Weights, bank, batch, and what the program is given of the state.
       temp_bytes: Temporaries.
-      fits: Whether arguments, results that are not in place, and temporaries fit the device.
+      fits: Whether arguments, the rest of the state, results that are not in place, and
+        temporaries fit the device.
       copies: Arrays over 1 MiB that are copied in every turn of the layer loop.
       kernels: Generated kernels; their names tell what each op's dispatch chose.
       floor_s: Seconds below which no program can run this step; see `program_cost`.

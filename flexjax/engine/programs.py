@@ -35,8 +35,8 @@ _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-def _packed(fields: Mapping[str, tuple[int, ...]]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((packed_size(dict(fields)),), jnp.int32)
+def _packed(fields: dict[str, tuple[int, ...]]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((packed_size(fields),), jnp.int32)
 
 
 def abstract(tree: Any) -> Any:

@@ -208,11 +208,12 @@ def weigh_mixes(
     forwards = sorted(sizes | {0})
     scale = _Scale(load, turn, ladder, latency)
     choices = (tiles[-1:], tiles[:-1], [0])
+    # Rows of which even the fewest do not fit beside the rest do not fit before it either: where
+    # steps are short, that is soon known.
     if not _fitting(scale, tiles[:1], [0]):
-        choices = ([0],)  # no tile fits, which is soon known where steps are short
+        choices = ([0],)
     for widths in choices:
         found = _fitting(scale, widths, forwards)
-        # Forward rows that do not fit beside the rest, few as they may be, do not fit before it.
         if can_be_alone and widths and (found or widths[-1]):
             found += _fitting_alone(scale, widths[-1], forwards[-1])
         if found:

@@ -133,6 +133,24 @@ def test_finetuning_goes_alone_where_sharing_a_step_costs_more(max_ms, expected)
     assert not weigh_mixes(load(), turn, LADDER, Quarrel(0.0), **options).is_alone
 
 
+def test_it_is_soon_known_that_nothing_fits():
+    asked = []
+
+    class Counting(Device):
+        def predict(self, features):
+            asked.append(features.bucket)
+            return super().predict(features)
+
+        predict_high = predict
+
+    turn = Turn(max_ms=1.5, reach_ms=1.5, mean_ms=1.2)
+    choice = weigh_mixes(load(), turn, LADDER, Counting(0.5), can_be_alone=True)
+    assert choice.budget.rows == 0 and not choice.is_alone
+    # The step as it is, its median and quantile, and the least that could be added.
+    few = [Bucket(4, 0, 8, LAYERS), Bucket(4, 8, 0, 0)]
+    assert asked == [Bucket(4, 0, 0, 0)] * 2 + few
+
+
 # Deadlines.
 
 
