@@ -156,10 +156,12 @@ class MixChoice(NamedTuple):
     Attributes:
       budget: Its rows; none to wait for a better step.
       is_alone: Whether the step holds nothing else: decode rows wait for the next.
+      misfit: Where no step could hold any rows, the shortest of those that were considered.
     """
 
     budget: FinetuneBudget
     is_alone: bool = False
+    misfit: StepFeatures | None = None
 
 
 def choose_mix(
@@ -218,7 +220,7 @@ def weigh_mixes(
             found += _fitting_alone(scale, widths[-1], forwards[-1])
         if found:
             return _best(found, turn, scale.reach_ms)
-    return MixChoice(FinetuneBudget(0, 0))
+    return MixChoice(FinetuneBudget(0, 0), misfit=scale.misfit)
 
 
 class _Scale:
@@ -227,6 +229,8 @@ class _Scale:
     def __init__(self, load: Load, turn: Turn, ladder: BucketLadder, latency: StepPredictor):
         self.load, self.turn, self.ladder, self.latency = load, turn, ladder, latency
         self.reach_ms = turn.max_ms if turn.reach_ms is None else max(turn.reach_ms, turn.max_ms)
+        self.misfit: StepFeatures | None = None  # the shortest step that takes too long
+        self._misfit_ms = math.inf
         self.base_ms = self.base_high_ms = 0.0
         if load.decode_rows + load.prefill_rows:
             features = load.features(ladder, 0, 0)
@@ -241,6 +245,14 @@ class _Scale:
     def worth(self, mix: FinetuneBudget) -> float:
         """Milliseconds that its rows take in the largest buckets."""
         return mix.forward_rows * self.values[0] + mix.backward_rows * self.values[1]
+
+    def fits(self, features: StepFeatures, high_ms: float) -> bool:
+        """Whether some step could take that long; remembers the shortest that could not."""
+        if high_ms <= self.reach_ms:
+            return True
+        if high_ms < self._misfit_ms:
+            self.misfit, self._misfit_ms = features, high_ms
+        return False
 
 
 class _Weighed(NamedTuple):
@@ -263,7 +275,7 @@ def _fitting(scale: _Scale, tiles: list[int], forwards: list[int]) -> list[_Weig
                 continue
             features = load.features(ladder, mix.forward_rows, mix.backward_rows)
             high_ms = latency.predict_high(features)
-            if high_ms > scale.reach_ms:
+            if not scale.fits(features, high_ms):
                 break  # more forward rows only take longer
             added_ms = max(latency.predict(features) - scale.base_ms, _LEAST_ADDED_MS)
             found.append(_Weighed(MixChoice(mix), scale.worth(mix), added_ms, high_ms))

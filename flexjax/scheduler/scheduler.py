@@ -25,6 +25,7 @@ from flexjax.scheduler.budget import (
     prefill_row_ms,
     weigh_mixes,
 )
+from flexjax.scheduler.features import StepFeatures
 from flexjax.scheduler.finetuning import FinetunePlanner
 from flexjax.scheduler.kv_reads import SequenceRows, causal_pairs, decode_kv
 from flexjax.scheduler.page_allocator import PageAllocator
@@ -41,6 +42,9 @@ _OUTPUT_WEIGHT = 2.0
 
 _PATIENCE_STEPS = 32
 """Steps that finetuning waits for one that can hold more of it, before it takes what it gets."""
+
+_MISFIT_STEPS = 16
+"""Steps in a row that may take the word of an earlier one that no finetuning fits beside them."""
 
 
 class Scheduler:
@@ -91,6 +95,8 @@ class Scheduler:
         self._is_blocked = False
         self._num_waits = 0
         self._weighed: tuple[int, FinetuneBudget] | None = None
+        self._misfit: StepFeatures | None = None
+        self._num_misfits = 0
         self._survey = survey(self._running, 0.0, 0.0)
 
     # Requests and jobs.
@@ -186,6 +192,7 @@ class Scheduler:
           Whether the plan has rows now.
         """
         self._weighed = None
+        misfit, self._misfit = self._misfit, None  # forgotten, unless this step is like the last
         can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and self._survey.decoding
         is_shared = turn.inference and turn.finetuning and self.finetuning.runs
         if self._is_deterministic or not (can_wait and is_shared):
@@ -193,10 +200,14 @@ class Scheduler:
         if self._survey.prefilling or len(self.waiting):
             return False
         rows = len(self._survey.decoding)
+        if misfit is not None and self._is_still_a_misfit(misfit, rows, turn):
+            self._misfit, self._weighed = misfit, (rows, FinetuneBudget(0, 0))
+            return False
         load = Load(decode_rows=rows, sample_rows=rows)
         load.decode_kv_tokens = self._decode_kv_tokens(self._survey.decoding)
         self.finetuning.offer(load)
         choice = weigh_mixes(load, turn, self.ladder, self.latency, can_be_alone=True)
+        self._misfit, self._num_misfits = choice.misfit, 0
         if not choice.is_alone:
             self._weighed = (rows, choice.budget)
             return False
@@ -204,6 +215,19 @@ class Scheduler:
         plan.discarded.extend(self.finetuning.take_discarded())
         self._num_waits = 0
         return plan.num_finetune_rows > 0
+
+    def _is_still_a_misfit(self, misfit: StepFeatures, rows: int, turn: Turn) -> bool:
+        """Whether what took too long beside as many decode rows a moment ago still does.
+
+        Where targets are so short that no finetuning fits beside decode rows, weighing says so step
+        after step, and takes as long as the rest of planning.
+        """
+        is_alike = self.ladder.padded_decode(rows) == misfit.bucket.decode
+        if self._num_misfits >= _MISFIT_STEPS or not is_alike:
+            return False
+        self._num_misfits += 1
+        longest_ms = max(turn.max_ms, turn.reach_ms or 0.0)
+        return self.latency.predict_high(misfit) > longest_ms
 
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
@@ -339,7 +363,9 @@ class Scheduler:
         if head is not None:
             reserve += self.pages.pages_for(head.num_tokens + 1)
         is_patient = self._num_waits < _PATIENCE_STEPS
-        weighed = self._weighed if is_patient and not plan.prefill else None
+        # What no step can hold, patience or not, needs no second look.
+        is_settled = is_patient or self._misfit is not None
+        weighed = self._weighed if is_settled and not plan.prefill else None
         if weighed is not None and weighed[0] == load.decode_rows:
             budget = weighed[1]  # of the same load, a moment ago
         else:

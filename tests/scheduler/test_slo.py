@@ -215,6 +215,43 @@ def test_finetuning_yields_within_one_iteration_and_comes_back():
     assert not late
 
 
+class Counting(HandMade):
+    """Counts what it is asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def predict(self, features):
+        self.asked += 1
+        return super().predict(features)
+
+    predict_high = predict
+
+
+@pytest.mark.parametrize("tpot_ms", [1.5, 2.5, 4.0])
+def test_what_fits_in_no_step_is_not_weighed_in_each(tpot_ms, monkeypatch, rng):
+    """Planning asks for less then, and decides the same, under targets that change all the time."""
+    arrivals = [(int(rng.integers(1, 40)), int(rng.integers(2, 50))) for _ in range(30)]
+    targets = rng.choice([tpot_ms, 20.0, math.inf], len(arrivals), p=[0.8, 0.1, 0.1]).tolist()
+    plans, asked = [], []
+    for steps in (0, 16):
+        monkeypatch.setattr("flexjax.scheduler.scheduler._MISFIT_STEPS", steps)
+        world = Clock()
+        world.latency = world.scheduler.latency = latency = Counting()
+        world.add_run([90] * 16, epochs=1000)
+        for (prompt, output), target_ms in zip(arrivals, targets, strict=True):
+            world.add(prompt, output, SLO(tpot_ms=None if target_ms == math.inf else target_ms))
+            world.until(world.now_s + 0.04)
+        plans.append(
+            [(len(p.decode), p.num_chunk_rows, p.num_finetune_rows) for *_, p in world.steps]
+        )
+        asked.append(latency.asked)
+    assert plans[0] == plans[1]
+    assert any(decode and finetune for decode, _, finetune in plans[0])
+    if tpot_ms == 1.5:
+        assert asked[1] < 0.8 * asked[0]
+
+
 def test_an_impossible_target_starves_nobody():
     """0.5 ms a token cannot be met: what is lost keeps its pace, and finetuning goes on."""
     world = Clock()
