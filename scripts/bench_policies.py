@@ -4,7 +4,7 @@
         [--seconds 10] [--tail 0] [--quick] [--json]
 
 Targets of 5 s (TTFT) and 45 ms (TPOT), as FlexLLM's evaluation has them for a replica with an 8B
-model (arXiv 2402.18789), three times its rates of one to five requests a second, since at these the
+model (arXiv 2402.18789), five times its rates of one to five requests a second, since at these the
 embedded model is idle for nine tenths of the time, and eight policies: about ten minutes on two
 cores for each trace, whose lengths are scaled to the model's context; drawn arrivals without any.
 Each kind of arrivals gets a folder of its own. `--quick` takes seconds and shows that the script
@@ -36,7 +36,7 @@ QUICK = (
     *("--policies", "co_serve", "inference_only", "finetune_only"),
     *("--drain-seconds", "2", "--max-seq-len", "64", "--burst-seconds", "1", "--least-gaps", "1"),
 )
-RATES, QUICK_RATES = ("3", "6", "9", "12", "15"), ("2", "4")
+RATES, QUICK_RATES = ("5", "10", "15", "20", "25"), ("2", "4")
 DRAWN = ("--prompt-tokens", "64", "--output-tokens", "48")
 QUICK_DRAWN = ("--prompt-tokens", "8", "--output-tokens", "4")
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--trace", type=Path, nargs="+", help="CSV files of arrivals and lengths")
-    parser.add_argument("--rates", nargs="+", help="requests a second (default: 3 6 9 12 15)")
+    parser.add_argument("--rates", nargs="+", help="requests a second (default: 5 10 15 20 25)")
     parser.add_argument("--repeats", type=int, help="times that everything is run (default: 1)")
     parser.add_argument("--seconds", type=float, help="seconds of a run (default: 10)")
     parser.add_argument("--tail", type=float, default=0.0, help="seconds of it without arrivals")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gc
 import itertools
 import math
 import time
@@ -22,6 +21,7 @@ from flexjax.axes import PADDING
 from flexjax.bench.harness import header as harness_header
 from flexjax.config import FinetuneConfig, SamplingParams
 from flexjax.engine.engine import Engine
+from flexjax.engine.heap import settled_heap
 from flexjax.engine.job import ENDED, Job
 from flexjax.engine.output import RequestOutput
 from flexjax.engine.pipeline import StepEvent
@@ -215,12 +215,11 @@ class _Run:
         try:
             for config in jobs:
                 self._jobs.append(self._engine.finetune(config))
-            gc.collect()
-            gc.freeze()  # else every full collection goes through all of jax's objects
-            self._engine.on_step = self._take
-            self._begin_s = time.perf_counter()
-            self._drive()
-            end_s = time.perf_counter()
+            with settled_heap():
+                self._engine.on_step = self._take
+                self._begin_s = time.perf_counter()
+                self._drive()
+                end_s = time.perf_counter()
         finally:
             self._clean_up()
         horizon_s = self._horizon_s
@@ -294,7 +293,6 @@ class _Run:
 
     def _clean_up(self) -> None:
         """Ends what is left, so that the next run finds the engine idle."""
-        gc.unfreeze()
         engine = self._engine
         engine.on_step = None
         for job in self._jobs:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from flexjax.engine.heap import settled_heap
 from flexjax.errors import EngineDeadError
 
 _Loop = TypeVar("_Loop", bound="EngineLoop")  # no typing.Self: beartype refuses it
@@ -98,16 +99,17 @@ class EngineLoop(abc.ABC):
         self._thread = None
 
     def _loop(self) -> None:
-        while not self._should_stop:
-            try:
-                has_work = self.step()
-            except BaseException:  # the engine is dead; everyone who waits has been told
-                return
-            while self._pending_calls and not self._should_stop:
-                time.sleep(0.0001)
-            if not has_work:
-                with self._wake:
-                    self._wake.wait(0.02)
+        with settled_heap():
+            while not self._should_stop:
+                try:
+                    has_work = self.step()
+                except BaseException:  # the engine is dead; everyone who waits has been told
+                    return
+                while self._pending_calls and not self._should_stop:
+                    time.sleep(0.0001)
+                if not has_work:
+                    with self._wake:
+                        self._wake.wait(0.02)
 
     def _notify(self) -> None:
         with self._wake:

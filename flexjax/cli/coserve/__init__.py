@@ -42,6 +42,7 @@ from flexjax.cli.options import (
 from flexjax.config import EngineConfig, FinetuneConfig, SamplingParams
 from flexjax.data import demo_dataset
 from flexjax.engine.engine import Engine
+from flexjax.engine.heap import settled_heap
 
 _MAX_ANSWER_TOKENS = 64
 
@@ -79,7 +80,8 @@ def run(options: CoserveOptions) -> None:
     start_s = time.perf_counter() - began_s
     with running():
         before = _answers(engine, workload, None)
-        loop = _serve_and_train(engine, job_config, workload, base, console)
+        with settled_heap():
+            loop = _serve_and_train(engine, job_config, workload, base, console)
         after = _answers(engine, workload, job_config.adapter)
         answers = [
             {"prompt": prompt.text, "before": old, "after": new}
