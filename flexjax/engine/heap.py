@@ -7,7 +7,7 @@ import gc
 import threading
 from collections.abc import Iterator
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection may end a context that was left behind
 _num_inside = 0
 
 

@@ -20,7 +20,10 @@ _Loop = TypeVar("_Loop", bound="EngineLoop")  # no typing.Self: beartype refuses
 
 
 class EngineLoop(abc.ABC):
-    """The loop around `_step`, and the lock that everything else takes."""
+    """The loop around `_step`, and the lock that everything else takes.
+
+    While a thread runs it, full garbage collections leave older objects alone (`settled_heap`).
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

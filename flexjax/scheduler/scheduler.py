@@ -201,7 +201,8 @@ class Scheduler:
             return False
         rows = len(self._survey.decoding)
         if misfit is not None and self._is_still_a_misfit(misfit, rows, turn):
-            self._misfit, self._weighed = misfit, (rows, FinetuneBudget(0, 0))
+            self._misfit, self._num_misfits = misfit, self._num_misfits + 1
+            self._weighed = (rows, FinetuneBudget(0, 0))
             return False
         load = Load(decode_rows=rows, sample_rows=rows)
         load.decode_kv_tokens = self._decode_kv_tokens(self._survey.decoding)
@@ -225,7 +226,6 @@ class Scheduler:
         is_alike = self.ladder.padded_decode(rows) == misfit.bucket.decode
         if self._num_misfits >= _MISFIT_STEPS or not is_alike:
             return False
-        self._num_misfits += 1
         longest_ms = max(turn.max_ms, turn.reach_ms or 0.0)
         return self.latency.predict_high(misfit) > longest_ms
 
