@@ -5,6 +5,7 @@ Rates are totals over one measured window, never means of parts of it.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 from collections.abc import Sequence
@@ -115,7 +116,8 @@ def summarize_run(
     begin_s, end_s = measured_window(run, drop_head_s)
     due = [r for r in run.requests if begin_s <= r.due_s <= end_s]
     duration_s = end_s - begin_s
-    num_tokens = sum(begin_s <= t <= end_s for r in run.requests for t in r.token_times_s)
+    num_tokens = sum(_count_within(r.token_times_s, begin_s, end_s) for r in run.requests)
+    whole = summarize_requests(due, tiers, duration_s)
     return RunSummary(
         policy=run.policy,
         rate=run.rate,
@@ -123,18 +125,28 @@ def summarize_run(
         end_s=end_s,
         num_outside=len(run.requests) - len(due),
         output_tokens_per_s=num_tokens / duration_s,
-        requests=summarize_requests(due, tiers, duration_s),
-        by_class=_grouped([(r.slo_class or NO_CLASS, r) for r in due], tiers, duration_s),
-        by_adapter=_grouped([(r.adapter or BASE_MODEL, r) for r in due], tiers, duration_s),
+        requests=whole,
+        by_class=_grouped([(r.slo_class or NO_CLASS, r) for r in due], whole, tiers, duration_s),
+        by_adapter=_grouped([(r.adapter or BASE_MODEL, r) for r in due], whole, tiers, duration_s),
         finetuning=summarize_finetuning(run, begin_s, end_s),
         device=summarize_device(run.steps, begin_s, end_s),
     )
 
 
+def _count_within(times_s: Sequence[float], begin_s: float, end_s: float) -> int:
+    """How many of some times, in order, are within a window, its ends included."""
+    return bisect.bisect_right(times_s, end_s) - bisect.bisect_left(times_s, begin_s)
+
+
 def _grouped(
-    named: Sequence[tuple[str, RequestRecord]], tiers: Sequence[Tier], duration_s: float
+    named: Sequence[tuple[str, RequestRecord]],
+    whole: RequestsSummary,
+    tiers: Sequence[Tier],
+    duration_s: float,
 ) -> dict[str, RequestsSummary]:
     groups: dict[str, list[RequestRecord]] = collections.defaultdict(list)
     for name, request in named:
         groups[name].append(request)
+    if len(groups) == 1:
+        return dict.fromkeys(groups, whole)
     return {name: summarize_requests(groups[name], tiers, duration_s) for name in sorted(groups)}

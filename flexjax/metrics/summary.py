@@ -12,6 +12,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from flexjax.request import GenerationOutput
 
 
@@ -29,11 +31,14 @@ def percentile(values: Sequence[float], q: float) -> float:
         raise ValueError("`values` must hold at least one value; got none.")
     if not 0 <= q <= 100:
         raise ValueError(f"`q` must be in [0, 100]; got {q!r}.")
-    ordered = sorted(values)
+    return _percentile_of(sorted(values), q)
+
+
+def _percentile_of(ordered: Sequence[float] | np.ndarray, q: float) -> float:
     place = q / 100 * (len(ordered) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +55,11 @@ class Distribution:
     @classmethod
     def of(cls, values: Iterable[float]) -> Distribution | None:
         """Summarizes values; None when there are none."""
-        listed = sorted(values)
-        if not listed:
+        ordered = np.sort(np.fromiter(values, np.float64))  # there may be millions of gaps
+        if not len(ordered):
             return None
-        return cls(
-            count=len(listed),
-            mean=math.fsum(listed) / len(listed),
-            p50=percentile(listed, 50),
-            p90=percentile(listed, 90),
-            p99=percentile(listed, 99),
-            max=max(listed),
-        )
+        p50, p90, p99 = (_percentile_of(ordered, q) for q in (50, 90, 99))
+        return cls(len(ordered), float(ordered.mean()), p50, p90, p99, float(ordered[-1]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,6 @@ _bucket = functools.cache(Bucket)
 """Makes a bucket, or takes one that was made: steps have few, and ask for each of them often."""
 
 
-def _at_least(sizes: tuple[int, ...], rows: int) -> int:
-    """Smallest size that holds `rows`; 0 for none."""
-    if rows == 0:
-        return 0
-    return sizes[bisect.bisect_left(sizes, rows)]
-
-
 @dataclasses.dataclass(frozen=True)
 class BucketLadder:
     """Sizes of each kind of rows.
@@ -41,6 +34,14 @@ class BucketLadder:
     tile_layers: int
     last_tile_layers: int
     reads: TiledReads | None = None
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        sizes = (self.decode, self.chunk, self.window)
+        return hash((*sizes, self.tile_layers, self.last_tile_layers))
+
+    def __hash__(self) -> int:
+        return self._hash  # a key of what is computed once a ladder, several times a step
 
     @classmethod
     def from_config(
@@ -89,14 +90,18 @@ class BucketLadder:
         self, decode_rows: int, chunk_rows: int, window_rows: int, tile_layers: int | None = None
     ) -> Bucket:
         """Smallest bucket that holds these rows."""
-        window = _at_least(self.window, window_rows)
-        layers = (tile_layers or self.tile_layers) if window else 0
-        decode, chunk = _at_least(self.decode, decode_rows), _at_least(self.chunk, chunk_rows)
-        return _bucket(decode, chunk, window, layers)
+        # Asked for each mix that is weighed: no call more than it takes.
+        at = bisect.bisect_left
+        decode = self.decode[at(self.decode, decode_rows)] if decode_rows else 0
+        chunk = self.chunk[at(self.chunk, chunk_rows)] if chunk_rows else 0
+        if not window_rows:
+            return _bucket(decode, chunk, 0, 0)
+        window = self.window[at(self.window, window_rows)]
+        return _bucket(decode, chunk, window, tile_layers or self.tile_layers)
 
     def padded_decode(self, rows: int) -> int:
         """Rows of the smallest decode bucket, or sampling head, that holds `rows`."""
-        return _at_least(self.decode, rows)
+        return self.decode[bisect.bisect_left(self.decode, rows)] if rows else 0
 
     def tile_below(self, top: int) -> int:
         """Layers of the tile that begins under layer `top`.

@@ -83,6 +83,8 @@ class Load:
             self.decode_rows, self.prefill_rows + forward_rows, tile_rows, self.tile_layers
         )
         has_loss = self.has_loss and tile_rows > 0
+        is_usual = self.sample_rows == self.decode_rows
+        sample_rows = bucket.decode if is_usual else ladder.padded_decode(self.sample_rows)
         if ladder.reads:
             chunk_kv_pairs = ladder.reads.pairs(bucket.chunk, self._chunk_pieces(forward_rows))
             tile_kv_pairs = ladder.reads.pairs(bucket.window, self._tile_pieces(tile_rows))
@@ -98,7 +100,7 @@ class Load:
             decode_kv_tokens=self.decode_kv_tokens,
             chunk_kv_pairs=chunk_kv_pairs,
             tile_kv_pairs=tile_kv_pairs * bucket.tile_layers,
-            sample_rows=ladder.padded_decode(self.sample_rows),
+            sample_rows=sample_rows,
             num_losses=int(has_loss),
             loss_rows=bucket.window if has_loss else 0,
         )
@@ -209,13 +211,14 @@ def weigh_mixes(
     sizes = {max(0, min(c - load.prefill_rows, load.forward_rows, room)) for c in ladder.chunk}
     forwards = sorted(sizes | {0})
     scale = _Scale(load, turn, ladder, latency)
-    choices = (tiles[-1:], tiles[:-1], [0])
+    with_whole_tile = _fitting(scale, tiles[-1:], forwards)
     # Rows of which even the fewest do not fit beside the rest do not fit before it either: where
     # steps are short, that is soon known.
-    if not _fitting(scale, tiles[:1], [0]):
-        choices = ([0],)
-    for widths in choices:
-        found = _fitting(scale, widths, forwards)
+    if not with_whole_tile and not _fitting(scale, tiles[:1], [0]):
+        tiles = []
+    for widths in (tiles[-1:], tiles[:-1], [0]):
+        is_first = widths == tiles[-1:]
+        found = with_whole_tile if is_first else _fitting(scale, widths, forwards)
         if can_be_alone and widths and (found or widths[-1]):
             found += _fitting_alone(scale, widths[-1], forwards[-1])
         if found:
@@ -242,10 +245,6 @@ class _Scale:
         """Milliseconds of a forward row and of a backward row, alone in the largest buckets."""
         return _row_values(self.load, self.ladder, self.latency)
 
-    def worth(self, mix: FinetuneBudget) -> float:
-        """Milliseconds that its rows take in the largest buckets."""
-        return mix.forward_rows * self.values[0] + mix.backward_rows * self.values[1]
-
     def fits(self, features: StepFeatures, high_ms: float) -> bool:
         """Whether some step could take that long; remembers the shortest that could not."""
         if high_ms <= self.reach_ms:
@@ -256,29 +255,33 @@ class _Scale:
 
 
 class _Weighed(NamedTuple):
-    choice: MixChoice
-    worth: float
+    mix: FinetuneBudget
+    is_alone: bool
+    worth: float  # milliseconds that its rows take in the largest buckets
     added_ms: float
     high_ms: float
 
 
 def _fitting(scale: _Scale, tiles: list[int], forwards: list[int]) -> list[_Weighed]:
     """Mixes beside what the step holds that some step could hold."""
-    load, turn, ladder, latency = scale.load, scale.turn, scale.ladder, scale.latency
+    load, max_rows, ladder, latency = scale.load, scale.turn.max_rows, scale.ladder, scale.latency
     found: list[_Weighed] = []
     for tile in tiles:
         for forward in forwards:
             mix = FinetuneBudget(forward, tile)
-            if turn.max_rows is not None:
-                mix = _within_rows(mix, turn.max_rows)
-            if not mix.rows or (tile and not mix.backward_rows):
+            if max_rows is not None:
+                mix = _within_rows(mix, max_rows)
+            rows, tile_rows = mix
+            if not rows + tile_rows or (tile and not tile_rows):
                 continue
-            features = load.features(ladder, mix.forward_rows, mix.backward_rows)
+            features = load.features(ladder, rows, tile_rows)
             high_ms = latency.predict_high(features)
             if not scale.fits(features, high_ms):
                 break  # more forward rows only take longer
             added_ms = max(latency.predict(features) - scale.base_ms, _LEAST_ADDED_MS)
-            found.append(_Weighed(MixChoice(mix), scale.worth(mix), added_ms, high_ms))
+            row_ms, tile_row_ms = scale.values
+            worth = rows * row_ms + tile_rows * tile_row_ms
+            found.append(_Weighed(mix, False, worth, added_ms, high_ms))
     return found
 
 
@@ -286,15 +289,17 @@ def _fitting_alone(scale: _Scale, tile: int, most_forward: int) -> list[_Weighed
     """Large mixes for a step of their own, before one with what this one would have held."""
     alone, ladder, latency = scale.load.finetuning(), scale.ladder, scale.latency
     found: list[_Weighed] = []
-    for forward in {0, most_forward}:
+    for forward in sorted({0, most_forward}):
         mix = FinetuneBudget(forward, tile)
         if not mix.rows:
             continue
         features = alone.features(ladder, forward, tile)
         high_ms = latency.predict_high(features) + scale.base_high_ms
-        if high_ms <= scale.reach_ms:
-            choice = MixChoice(mix, is_alone=True)
-            found.append(_Weighed(choice, scale.worth(mix), latency.predict(features), high_ms))
+        if high_ms > scale.reach_ms:
+            break
+        row_ms, tile_row_ms = scale.values
+        worth = forward * row_ms + tile * tile_row_ms
+        found.append(_Weighed(mix, True, worth, latency.predict(features), high_ms))
     return found
 
 
@@ -305,12 +310,13 @@ def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> MixChoice:
         free_ms = min(turn.mean_ms, turn.max_ms)
         saved_for = [w.worth / w.added_ms for w in found if w.high_ms > free_ms]
         price = _WORTH * max(saved_for, default=0.0)
-    best, best_key = MixChoice(FinetuneBudget(0, 0)), (0.0, 0.0)
+    best, best_key = None, (0.0, 0.0)
     for weighed in found:
-        key = (weighed.worth - price * weighed.added_ms, -weighed.high_ms)
-        if weighed.high_ms <= turn.max_ms and key > best_key:
-            best, best_key = weighed.choice, key
-    return best
+        if weighed.high_ms <= turn.max_ms:
+            key = (weighed.worth - price * weighed.added_ms, -weighed.high_ms)
+            if key > best_key:
+                best, best_key = weighed, key
+    return MixChoice(best.mix, best.is_alone) if best else MixChoice(FinetuneBudget(0, 0))
 
 
 def _row_values(load: Load, ladder: BucketLadder, latency: StepPredictor) -> tuple[float, float]:

@@ -7,6 +7,7 @@ no jax.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -94,9 +95,9 @@ def features_of(
     decode_rows, tile = len(plan.decode), plan.tile
     prefill_rows = sum(chunk.length for chunk in plan.prefill)
     forward_rows = sum(piece.length for piece in plan.forward)
-    backward_rows = tile.length if tile else 0
-    rows = (decode_rows, prefill_rows + forward_rows, backward_rows)
-    if rows[0] > bucket.decode or rows[1] > bucket.chunk or rows[2] > bucket.window:
+    backward_rows, chunk_rows = tile.length if tile else 0, prefill_rows + forward_rows
+    if decode_rows > bucket.decode or chunk_rows > bucket.chunk or backward_rows > bucket.window:
+        rows = (decode_rows, chunk_rows, backward_rows)
         raise ValueError(f"`bucket` must hold the plan's {rows} rows; got {bucket}.")
     reads = ladder.reads if ladder else None
     if reads:
@@ -122,9 +123,7 @@ def features_of(
 
 
 def _padded(rows: int, sizes: tuple[int, ...] | None) -> int:
-    if sizes is None or rows == 0:
-        return rows
-    return next(size for size in sizes if size >= rows)
+    return sizes[bisect.bisect_left(sizes, rows)] if sizes and rows else rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

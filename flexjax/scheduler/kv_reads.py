@@ -139,13 +139,8 @@ def seen_pairs(plan: StepPlan) -> tuple[int, int]:
     """Tokens that chunk rows, and the tile's rows in its layers, see."""
     chunk_pairs = sum(causal_pairs(chunk.start, chunk.length) for chunk in plan.prefill)
     for piece in plan.forward:
-        chunk_pairs += _stream_pairs(piece.group.positions, piece.start, piece.length)
+        chunk_pairs += piece.group.num_seen(piece.start, piece.length)
     tile = plan.tile
     if tile is None:
         return chunk_pairs, 0
-    pairs = _stream_pairs(tile.group.positions, tile.start, tile.length)
-    return chunk_pairs, tile.num_layers * pairs
-
-
-def _stream_pairs(positions: np.ndarray, start: int, length: int) -> int:
-    return length + int(positions[start : start + length].sum(dtype=np.int64))
+    return chunk_pairs, tile.num_layers * tile.group.num_seen(tile.start, tile.length)

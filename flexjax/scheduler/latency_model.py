@@ -103,8 +103,8 @@ _FAR_GAP, _FAR_STEPS = 0.5, 2
 _DRAIN = 0.01
 """Share of a kind's deviation that goes over to the machine's level in a step of its kind; and of
 a bucket's bias that is given up in a step of its own, for the level to take."""
-_FORGET_STEPS = 500
-"""Steps after which half of a correction that nothing confirmed is forgotten."""
+_FADE = 0.5 ** (1 / 500)
+"""What is left of a correction after a step that does not confirm it: half after 500."""
 _TAIL_QUANTILE = 0.99
 _TAIL_STEPS = 500
 _LEAST_NOISE = 0.01
@@ -138,11 +138,13 @@ class _HighQuantile:
         self._quantile = quantile
         self._spread = max(noise, _LEAST_NOISE)
         self.value = self._spread * statistics.NormalDist().inv_cdf(quantile)
+        self.factor = math.exp(self.value)
 
     def update(self, gap: float) -> None:
         size = min(abs(gap), 4 * self._spread)
         self._spread = max(self._spread + 0.05 * (size - self._spread), 0.2 * _LEAST_NOISE)
         self.value += 0.2 * self._spread * (self._quantile - (gap <= self.value))
+        self.factor = math.exp(self.value)
 
 
 class _Tail:
@@ -196,8 +198,9 @@ class LatencyModel:
             raise ValueError(f"`quantile` must be above 0 and below 1; got {quantile!r}.")
         self._quantile = quantile
         self._coefficients: LatencyCoefficients | None = None
+        self._buckets: dict[Bucket, _Bucket] = {}
         self._asked: StepFeatures | None = None
-        self._answer = 0.0, 0.0
+        self._answer = 0.0
         self.reset_errors()
 
     @classmethod
@@ -218,7 +221,7 @@ class LatencyModel:
     def _start(self, coefficients: LatencyCoefficients) -> None:
         self._coefficients = coefficients
         self._extra = coefficients.extra_ms
-        self._buckets: dict[Bucket, _Bucket] = {}
+        self._buckets = {}
         self._kinds = [_Kind() for _ in range(16)]
         self._level = 0.0
         self._step = 0
@@ -268,10 +271,9 @@ class LatencyModel:
         return self._bucket(bucket).base_ms
 
     def _bucket(self, bucket: Bucket) -> _Bucket:
-        if self._coefficients is not None:
-            found = self._buckets.get(bucket)
-            if found is not None:
-                return found
+        found = self._buckets.get(bucket)
+        if found is not None:
+            return found
         if not self.coefficients.covers(bucket):
             raise RuntimeError(f"The latency model has no measured step like {bucket}.")
         base = max(self.coefficients.base_ms(bucket), LEAST_MS)
@@ -284,8 +286,7 @@ class LatencyModel:
         Raises:
           RuntimeError: If the model has not been fitted, or the bucket is `missing`.
         """
-        fitted_ms, log_factor = self._expected(features)
-        return fitted_ms * math.exp(log_factor)
+        return self._expected_ms(features)
 
     def predict_high(self, features: StepFeatures) -> float:
         """Milliseconds that the given share of steps stays within, for budgets.
@@ -293,8 +294,7 @@ class LatencyModel:
         Raises:
           RuntimeError: If the model has not been fitted, or the bucket is `missing`.
         """
-        fitted_ms, log_factor = self._expected(features)
-        return fitted_ms * math.exp(log_factor + self._high[features.has_finetuning].value)
+        return self._expected_ms(features) * self._high[features.has_finetuning].factor
 
     def tail_factor(self) -> float:
         """Factor above `predict_high` within which 99 % of mixed steps stay; at least 1.
@@ -307,11 +307,11 @@ class LatencyModel:
         _ = self.coefficients  # raises without a fit
         return math.exp(max(0.0, self._tail.value - self._high[True].value))
 
-    def _expected(self, features: StepFeatures) -> tuple[float, float]:
-        """Fitted milliseconds and their correction (natural log)."""
+    def _expected_ms(self, features: StepFeatures) -> float:
         if features is not self._asked:  # the median and the quantile are asked for in turns
             state = self._bucket(features.bucket)
-            self._answer = self._fitted_ms(features, state), self._correction(features, state)
+            factor = math.exp(self._correction(features, state))
+            self._answer = self._fitted_ms(features, state) * factor
             self._asked = features
         return self._answer
 
@@ -328,13 +328,10 @@ class LatencyModel:
     def _kind(self, features: StepFeatures, state: _Bucket) -> _Kind:
         return self._kinds[state.kind + 8 * (features.forward_rows > 0)]
 
-    def _fade(self, updated: int) -> float:
-        return 0.5 ** ((self._step - updated) / _FORGET_STEPS)
-
     def _correction(self, features: StepFeatures, state: _Bucket) -> float:
-        kind = self._kind(features, state)
-        offset = kind.offset * self._fade(kind.updated)
-        return self._level + offset + state.bias * self._fade(state.updated)
+        kind, step = self._kind(features, state), self._step
+        offset = kind.offset * _FADE ** (step - kind.updated)
+        return self._level + offset + state.bias * _FADE ** (step - state.updated)
 
     def observe(self, features: StepFeatures, ms: float) -> None:
         """Learns from a step that was measured.
@@ -359,8 +356,8 @@ class LatencyModel:
         if features.has_finetuning and features.decode_rows:
             self._tail.update(gap)
         kind = self._kind(features, state)
-        kind.offset *= self._fade(kind.updated)
-        state.bias *= (1 - _DRAIN) * self._fade(state.updated)
+        kind.offset *= _FADE ** (self._step - kind.updated)
+        state.bias *= (1 - _DRAIN) * _FADE ** (self._step - state.updated)
         gap = log_ratio - self._level - kind.offset - state.bias
         kind.num_far = kind.num_far + 1 if abs(gap) > _FAR_GAP else 0
         is_outlier = 0 < kind.num_far <= _FAR_STEPS

@@ -97,6 +97,7 @@ class Scheduler:
         self._weighed: tuple[int, FinetuneBudget] | None = None
         self._misfit: StepFeatures | None = None
         self._num_misfits = 0
+        self._counted: tuple[DecodeRows | None, int] = None, 0
         self._survey = survey(self._running, 0.0, 0.0)
 
     # Requests and jobs.
@@ -255,8 +256,10 @@ class Scheduler:
         )
 
     def _decode_kv_tokens(self, rows: DecodeRows) -> int:
-        padded = self.ladder.padded_decode(len(rows))
-        return decode_kv(rows.positions, padded, self.ladder.reads)
+        if rows is not self._counted[0]:  # the rows are asked for twice where finetuning is weighed
+            padded = self.ladder.padded_decode(len(rows))
+            self._counted = rows, decode_kv(rows.positions, padded, self.ladder.reads)
+        return self._counted[1]
 
     def _plan_decode(self, plan: StepPlan, load: Load) -> None:
         if not self._survey.decoding:

@@ -107,9 +107,9 @@ def due_and_reach_s(
     """
     tpot_s, itl_s = running.tpot_s[slots], running.itl_s[slots]
     itl_s[running.has_itl[slots]] *= itl_share
-    previous_s, first_s = running.last_token_s[slots], running.first_token_s[slots]
-    previous_s[np.isnan(previous_s)] = begin_s
-    first_s = np.where(np.isnan(first_s), previous_s, first_s)
+    # What is nan comes with the step before, and nothing that was read came after its beginning.
+    previous_s = np.fmin(running.last_token_s[slots], begin_s)
+    first_s = np.fmin(running.first_token_s[slots], previous_s)
     num_tokens = running.num_tokens[slots]
     number = num_tokens - running.prompt_len[slots]
     reserve = np.minimum(RESERVE_START + RESERVE_SHARE * number, RESERVE_TOKENS)

@@ -77,6 +77,9 @@ class Group:
         self.positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
         self._bounds: tuple[int, np.ndarray, np.ndarray] | None = None
         self._mean_context = float(self.positions.mean()) + 1.0
+        # Sums over the rows before each, and over all: every step asks for those of some rows.
+        self._seen_before = np.concatenate([[0], np.cumsum(self.positions + 1, dtype=np.int64)])
+        self._targets_before = np.concatenate([[0], np.cumsum(self.targets >= 0)])
         self.rewind()
 
     @property
@@ -88,6 +91,14 @@ class Group:
     def mean_context(self) -> float:
         """Tokens that a row sees, on average: half its sequence."""
         return self._mean_context
+
+    def num_seen(self, start: int, length: int) -> int:
+        """Tokens that rows [start, start + length) see, summed over rows."""
+        return int(self._seen_before[start + length] - self._seen_before[start])
+
+    def num_targets(self, start: int, length: int) -> int:
+        """Rows of [start, start + length) that bear loss."""
+        return int(self._targets_before[start + length] - self._targets_before[start])
 
     def page_span(self, origin: int, start: int, length: int, page_size: int) -> tuple[int, int]:
         """Which pages rows [start, start + length) see, those before them in their sequences too.

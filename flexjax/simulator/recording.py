@@ -186,6 +186,6 @@ def tile_target_tokens(tile: BackwardTile | None) -> float:
     if tile is None:
         return 0.0
     run = tile.group.run
-    rows = tile.group.targets[tile.start : tile.start + tile.length]
+    num_targets = tile.group.num_targets(tile.start, tile.length)
     layers = tile.top - max(tile.top - tile.num_layers, run.bottom)
-    return int((rows >= 0).sum()) * layers / (run.num_layers - run.bottom)
+    return num_targets * layers / (run.num_layers - run.bottom)

@@ -146,9 +146,9 @@ def test_it_is_soon_known_that_nothing_fits():
     turn = Turn(max_ms=1.5, reach_ms=1.5, mean_ms=1.2)
     choice = weigh_mixes(load(), turn, LADDER, Counting(0.5), can_be_alone=True)
     assert choice.budget.rows == 0 and not choice.is_alone
-    # The step as it is, its median and quantile, and the least that could be added.
-    few = [Bucket(4, 0, 8, LAYERS), Bucket(4, 8, 0, 0)]
-    assert asked == [Bucket(4, 0, 0, 0)] * 2 + few
+    # The step as it is, its median and quantile, the whole tile, and the least that could be added.
+    tiles = [Bucket(4, 0, 32, LAYERS), Bucket(4, 0, 8, LAYERS)]
+    assert asked == [Bucket(4, 0, 0, 0)] * 2 + [*tiles, Bucket(4, 8, 0, 0)]
 
 
 # Deadlines.
