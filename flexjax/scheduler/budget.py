@@ -158,12 +158,19 @@ class MixChoice(NamedTuple):
     Attributes:
       budget: Its rows; none to wait for a better step.
       is_alone: Whether the step holds nothing else: decode rows wait for the next.
-      misfit: Where no step could hold any rows, the shortest of those that were considered.
+      can_fit: Whether some step could hold some rows, this one or a later.
+      shortest: The shortest that was considered, as the steps that it takes, the decode rows' last;
+        empty where nothing was.
     """
 
     budget: FinetuneBudget
     is_alone: bool = False
-    misfit: StepFeatures | None = None
+    can_fit: bool = True
+    shortest: tuple[StepFeatures, ...] = ()
+
+
+NOTHING = FinetuneBudget(0, 0)
+"""No finetuning."""
 
 
 def choose_mix(
@@ -222,8 +229,10 @@ def weigh_mixes(
         if can_be_alone and widths and (found or widths[-1]):
             found += _fitting_alone(scale, widths[-1], forwards[-1])
         if found:
-            return _best(found, turn, scale.reach_ms)
-    return MixChoice(FinetuneBudget(0, 0), misfit=scale.misfit)
+            best = _best(found, turn, scale.reach_ms)
+            mix, is_alone = (best.mix, best.is_alone) if best else (NOTHING, False)
+            return MixChoice(mix, is_alone, shortest=scale.shortest)
+    return MixChoice(NOTHING, can_fit=False, shortest=scale.shortest)
 
 
 class _Scale:
@@ -232,26 +241,25 @@ class _Scale:
     def __init__(self, load: Load, turn: Turn, ladder: BucketLadder, latency: StepPredictor):
         self.load, self.turn, self.ladder, self.latency = load, turn, ladder, latency
         self.reach_ms = turn.max_ms if turn.reach_ms is None else max(turn.reach_ms, turn.max_ms)
-        self.misfit: StepFeatures | None = None  # the shortest step that takes too long
-        self._misfit_ms = math.inf
+        self.shortest: tuple[StepFeatures, ...] = ()
+        self._shortest_ms = math.inf
+        self.base: StepFeatures | None = None
         self.base_ms = self.base_high_ms = 0.0
         if load.decode_rows + load.prefill_rows:
-            features = load.features(ladder, 0, 0)
-            self.base_ms = latency.predict(features)
-            self.base_high_ms = latency.predict_high(features)
+            self.base = load.features(ladder, 0, 0)
+            self.base_ms = latency.predict(self.base)
+            self.base_high_ms = latency.predict_high(self.base)
 
     @functools.cached_property
     def values(self) -> tuple[float, float]:
         """Milliseconds of a forward row and of a backward row, alone in the largest buckets."""
         return _row_values(self.load, self.ladder, self.latency)
 
-    def fits(self, features: StepFeatures, high_ms: float) -> bool:
-        """Whether some step could take that long; remembers the shortest that could not."""
-        if high_ms <= self.reach_ms:
-            return True
-        if high_ms < self._misfit_ms:
-            self.misfit, self._misfit_ms = features, high_ms
-        return False
+    def fits(self, high_ms: float, *steps: StepFeatures) -> bool:
+        """Whether some step could take that long; remembers the shortest."""
+        if high_ms < self._shortest_ms:
+            self.shortest, self._shortest_ms = steps, high_ms
+        return high_ms <= self.reach_ms
 
 
 class _Weighed(NamedTuple):
@@ -276,7 +284,7 @@ def _fitting(scale: _Scale, tiles: list[int], forwards: list[int]) -> list[_Weig
                 continue
             features = load.features(ladder, rows, tile_rows)
             high_ms = latency.predict_high(features)
-            if not scale.fits(features, high_ms):
+            if not scale.fits(high_ms, features):
                 break  # more forward rows only take longer
             added_ms = max(latency.predict(features) - scale.base_ms, _LEAST_ADDED_MS)
             row_ms, tile_row_ms = scale.values
@@ -288,6 +296,7 @@ def _fitting(scale: _Scale, tiles: list[int], forwards: list[int]) -> list[_Weig
 def _fitting_alone(scale: _Scale, tile: int, most_forward: int) -> list[_Weighed]:
     """Large mixes for a step of their own, before one with what this one would have held."""
     alone, ladder, latency = scale.load.finetuning(), scale.ladder, scale.latency
+    assert scale.base is not None
     found: list[_Weighed] = []
     for forward in sorted({0, most_forward}):
         mix = FinetuneBudget(forward, tile)
@@ -295,7 +304,7 @@ def _fitting_alone(scale: _Scale, tile: int, most_forward: int) -> list[_Weighed
             continue
         features = alone.features(ladder, forward, tile)
         high_ms = latency.predict_high(features) + scale.base_high_ms
-        if high_ms > scale.reach_ms:
+        if not scale.fits(high_ms, features, scale.base):
             break
         row_ms, tile_row_ms = scale.values
         worth = forward * row_ms + tile * tile_row_ms
@@ -303,8 +312,8 @@ def _fitting_alone(scale: _Scale, tile: int, most_forward: int) -> list[_Weighed
     return found
 
 
-def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> MixChoice:
-    """The choice that is worth most beyond the price of its time; empty to wait for a better."""
+def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> _Weighed | None:
+    """What is worth most beyond the price of its time; None to wait for a better."""
     price = 0.0
     if reach_ms > _GROWTH * turn.max_ms:
         free_ms = min(turn.mean_ms, turn.max_ms)
@@ -316,7 +325,7 @@ def _best(found: list[_Weighed], turn: Turn, reach_ms: float) -> MixChoice:
             key = (weighed.worth - price * weighed.added_ms, -weighed.high_ms)
             if key > best_key:
                 best, best_key = weighed, key
-    return MixChoice(best.mix, best.is_alone) if best else MixChoice(FinetuneBudget(0, 0))
+    return best
 
 
 def _row_values(load: Load, ladder: BucketLadder, latency: StepPredictor) -> tuple[float, float]:

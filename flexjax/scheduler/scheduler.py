@@ -9,25 +9,15 @@ An iteration costs time in proportion to the requests that run, whatever the num
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import (
-    FinetuneBudget,
-    Load,
-    StepPredictor,
-    choose_mix,
-    chunk_limit,
-    decode_ms,
-    prefill_row_ms,
-    weigh_mixes,
-)
-from flexjax.scheduler.features import StepFeatures
+from flexjax.scheduler.budget import Load, StepPredictor, chunk_limit, decode_ms, prefill_row_ms
 from flexjax.scheduler.finetuning import FinetunePlanner
 from flexjax.scheduler.kv_reads import SequenceRows, causal_pairs, decode_kv
+from flexjax.scheduler.mixing import MixChooser
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.plan import DecodeRows, PrefillChunk, StepPlan
 from flexjax.scheduler.policy import SharingPolicy, StepView, Turn
@@ -39,12 +29,6 @@ from flexjax.scheduler.waiting import WaitingQueue
 
 _OUTPUT_WEIGHT = 2.0
 """What an output token costs an adapter beside a prompt token, when adapters share."""
-
-_PATIENCE_STEPS = 32
-"""Steps that finetuning waits for one that can hold more of it, before it takes what it gets."""
-
-_MISFIT_STEPS = 16
-"""Steps in a row that may take the word of an earlier one that no finetuning fits beside them."""
 
 
 class Scheduler:
@@ -93,10 +77,7 @@ class Scheduler:
         self._running = RunningRequests(max_running, sizes.pages_per_seq, pages.page_size)
         self._was_inference = False
         self._is_blocked = False
-        self._num_waits = 0
-        self._weighed: tuple[int, FinetuneBudget] | None = None
-        self._misfit: StepFeatures | None = None
-        self._num_misfits = 0
+        self._mixes = MixChooser(ladder, self.finetuning.offer)
         self._counted: tuple[DecodeRows | None, int] = None, 0
         self._survey = survey(self._running, 0.0, 0.0)
 
@@ -121,10 +102,12 @@ class Scheduler:
     def add_run(self, run: TrainingRun) -> None:
         """Starts a job."""
         self.finetuning.add(run)
+        self._mixes.forget()
 
     def remove_run(self, run: TrainingRun) -> None:
         """Stops a job and frees what it owned."""
         self.finetuning.remove(run)
+        self._mixes.forget()
 
     @property
     def running(self) -> list[Sequence]:
@@ -164,7 +147,7 @@ class Scheduler:
             self._was_inference = False
             # Sized by nothing: the same rows in the same steps, whatever else is going on.
             self._plan_finetuning(plan, Load(), Turn())
-            plan.discarded.extend(self.finetuning.take_discarded())
+            self._take_discarded(plan)
             if not plan.is_empty:
                 return plan
         if self._plan_alone(plan, turn):
@@ -183,7 +166,7 @@ class Scheduler:
         if turn.finetuning and not (self._is_deterministic and self._was_inference):
             # Deterministic: without inference rows beside it, finetuning has the whole step.
             self._plan_finetuning(plan, load, turn)
-        plan.discarded.extend(self.finetuning.take_discarded())
+        self._take_discarded(plan)
         return plan
 
     def _plan_alone(self, plan: StepPlan, turn: Turn) -> bool:
@@ -192,43 +175,27 @@ class Scheduler:
         Returns:
           Whether the plan has rows now.
         """
-        self._weighed = None
-        misfit, self._misfit = self._misfit, None  # forgotten, unless this step is like the last
-        can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and self._survey.decoding
+        rows = self._survey.decoding
+        can_wait = turn.reach_ms is not None and turn.max_ms < math.inf and rows
         is_shared = turn.inference and turn.finetuning and self.finetuning.runs
-        if self._is_deterministic or not (can_wait and is_shared):
+        has_prompts = self._survey.prefilling or len(self.waiting)
+        if self._is_deterministic or not (can_wait and is_shared) or has_prompts:
+            self._mixes.forget()
             return False
-        if self._survey.prefilling or len(self.waiting):
+        budget = self._mixes.choose_alone(
+            len(rows), lambda: self._decode_kv_tokens(rows), turn, self.latency
+        )
+        if budget is None:
             return False
-        rows = len(self._survey.decoding)
-        if misfit is not None and self._is_still_a_misfit(misfit, rows, turn):
-            self._misfit, self._num_misfits = misfit, self._num_misfits + 1
-            self._weighed = (rows, FinetuneBudget(0, 0))
-            return False
-        load = Load(decode_rows=rows, sample_rows=rows)
-        load.decode_kv_tokens = self._decode_kv_tokens(self._survey.decoding)
-        self.finetuning.offer(load)
-        choice = weigh_mixes(load, turn, self.ladder, self.latency, can_be_alone=True)
-        self._misfit, self._num_misfits = choice.misfit, 0
-        if not choice.is_alone:
-            self._weighed = (rows, choice.budget)
-            return False
-        self.finetuning.plan(plan, choice.budget, rows)
-        plan.discarded.extend(self.finetuning.take_discarded())
-        self._num_waits = 0
+        self.finetuning.plan(plan, budget, len(rows))
+        self._take_discarded(plan)
         return plan.num_finetune_rows > 0
 
-    def _is_still_a_misfit(self, misfit: StepFeatures, rows: int, turn: Turn) -> bool:
-        """Whether what took too long beside as many decode rows a moment ago still does.
-
-        Where targets are so short that no finetuning fits beside decode rows, weighing says so step
-        after step, and takes as long as the rest of planning.
-        """
-        is_alike = self.ladder.padded_decode(rows) == misfit.bucket.decode
-        if self._num_misfits >= _MISFIT_STEPS or not is_alike:
-            return False
-        longest_ms = max(turn.max_ms, turn.reach_ms or 0.0)
-        return self.latency.predict_high(misfit) > longest_ms
+    def _take_discarded(self, plan: StepPlan) -> None:
+        discarded = self.finetuning.take_discarded()
+        if discarded:
+            plan.discarded += discarded
+            self._mixes.forget()
 
     def _view(self, begin_s: float) -> StepView:
         """What the policy is told: slack of the running, urgency of the waiting."""
@@ -365,29 +332,8 @@ class Scheduler:
         head = self.waiting.head()
         if head is not None:
             reserve += self.pages.pages_for(head.num_tokens + 1)
-        is_patient = self._num_waits < _PATIENCE_STEPS
-        # What no step can hold, patience or not, needs no second look.
-        is_settled = is_patient or self._misfit is not None
-        weighed = self._weighed if is_settled and not plan.prefill else None
-        if weighed is not None and weighed[0] == load.decode_rows:
-            budget = weighed[1]  # of the same load, a moment ago
-        else:
-            budget = self._choose_mix(plan, load, turn, is_patient)
-        self._num_waits = 0 if budget.rows else self._num_waits + 1
+        budget = self._mixes.choose(plan, load, turn, self.latency)
         self.finetuning.plan(plan, budget, reserve)
-
-    def _choose_mix(
-        self, plan: StepPlan, load: Load, turn: Turn, is_patient: bool
-    ) -> FinetuneBudget:
-        self.finetuning.offer(load)
-        max_ms, reach_ms = turn.max_ms, turn.reach_ms if is_patient else None
-        if turn.reach_ms is not None and plan.prefill and not plan.decode:
-            # Nobody has a token due yet, but somebody waits for the first.
-            longest_ms = 1e3 * min(chunk.sequence.tpot_s for chunk in plan.prefill)
-            max_ms, reach_ms = min(max_ms, longest_ms), None
-        if (max_ms, reach_ms) != (turn.max_ms, turn.reach_ms):
-            turn = dataclasses.replace(turn, max_ms=max_ms, reach_ms=reach_ms)
-        return choose_mix(load, turn, self.ladder, self.latency)
 
     # Results.
 
