@@ -348,6 +348,7 @@ def check_burst(
     figures: dict[str, Any] = {
         "rows_per_step": dict(zip(("before", "during", "after"), rows, strict=True)),
         "steps": [len(before), len(during), len(after)],
+        "tpot_ms": 1e3 * tier.tpot_s,
         "num_requests": judged.num_requests,
         "num_in_burst": len(inside),
         "attainment": judged.attainment,

@@ -79,6 +79,9 @@ def _check(options: BenchOptions) -> None:
         if getattr(options, name) <= 0:
             flag = name.replace("_", "-")
             raise ValueError(f"`--{flag}` must be above 0; got {getattr(options, name)}.")
+    burst_ms = options.burst_tpot_ms
+    if burst_ms is not None and burst_ms <= 0:
+        raise ValueError(f"`--burst-tpot-ms` must be above 0; got {burst_ms}.")
     for name, least in (("adapters", 0), ("prompt_tokens", 1), ("output_tokens", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -294,8 +297,13 @@ class _Bench:
 
     def _burst(self, settings: SweepSettings, runs: list[RunRecord]) -> Check:
         """A burst up to the highest load that inference alone answers in time."""
+        highest = max(attained_rates(runs, settings.tier), default=settings.rates[0])
+        tpot_ms = self._options.burst_tpot_ms
+        if tpot_ms is not None:
+            itl_ms = self._options.itl_factor * tpot_ms
+            targets = dataclasses.replace(settings.targets, tpot_ms=tpot_ms, itl_ms=itl_ms)
+            settings = dataclasses.replace(settings, targets=targets)
         tier = settings.tier
-        highest = max(attained_rates(runs, tier), default=settings.rates[0])
         seconds = self._options.burst_seconds
         burst = Burst(highest / _BURST_FACTOR, _BURST_FACTOR, seconds / 4, seconds)
         parts = (self._engine, settings, self._source, self._jobs, burst)

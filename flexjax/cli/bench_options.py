@@ -146,6 +146,14 @@ class BenchOptions(EngineSizeOptions):
         ),
     ] = True
     burst_seconds: Annotated[float, _option(_RUNS, "Seconds of that burst")] = 20.0
+    burst_tpot_ms: Annotated[
+        float | None,
+        _option(
+            _TARGETS,
+            "Milliseconds per token in the run with the burst: few enough that finetuning must give "
+            "way to it (default: as in the others)",
+        ),
+    ] = None
     gaps: Annotated[
         bool,
         _option(

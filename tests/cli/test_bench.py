@@ -32,7 +32,7 @@ def test_bench_compares_policies_and_writes_what_it_found(flexjax, model_dir, da
         "--policies", "co_serve", "inference_only", "finetune_only", "--seconds", 0.5,
         "--drain-seconds", 20, "--prompt-tokens", 6, "--output-tokens", 4, "--tpot-ms", 60000,
         "--ttft-ms", 60000, "--batch-size", 2, "--adapters", 1, "--burst-seconds", 0.5,
-        "--least-gaps", 8, "--output", output, "--json",
+        "--burst-tpot-ms", 30000, "--least-gaps", 8, "--output", output, "--json",
     )  # fmt: skip
     assert status == 0, error
     start, *rows, checks = [json.loads(line) for line in out.splitlines()]
@@ -51,7 +51,11 @@ def test_bench_compares_policies_and_writes_what_it_found(flexjax, model_dir, da
     assert {r.adapter for run in runs for r in run.requests} == {"adapter-0"}
     assert all(run.header["config"]["bench"]["seconds"] == 0.5 for run in runs)
     policies = ["inference_only", "co_serve"]
-    assert [run.policy for run in load_runs(output / "burst.jsonl")] == policies
+    burst = load_runs(output / "burst.jsonl")
+    assert [run.policy for run in burst] == policies
+    for run in burst:
+        assert run.header["targets"] == {"ttft_ms": 60000, "tpot_ms": 30000, "itl_ms": 120000}
+    assert checks["checks"][-1]["figures"]["tpot_ms"] == pytest.approx(30000)
     capped = load_runs(output / "capped.jsonl")
     for rate in (4, 8):
         seen = all_gaps_s(r for r in runs if (r.policy, r.rate) == (policies[0], rate))
@@ -77,6 +81,7 @@ def test_bench_compares_policies_and_writes_what_it_found(flexjax, model_dir, da
         (("--tpot-ms", -1), "`tpot_ms` must be a number > 0 or None; got -1"),
         (("--seconds", -1), "`--seconds` must be above 0; got -1"),
         (("--burst-seconds", 0), "`--burst-seconds` must be above 0; got 0"),
+        (("--burst-tpot-ms", 0), "`--burst-tpot-ms` must be above 0; got 0"),
         (("--itl-factor", 0.5), "`--itl-factor` must be at least 1; got 0.5"),
         (("--repeats", 0), "`repeats` must be at least 1; got 0"),
         (("--adapters", -1), "`--adapters` must be at least 0; got -1"),
