@@ -150,8 +150,8 @@ class BenchOptions(EngineSizeOptions):
         float | None,
         _option(
             _TARGETS,
-            "Milliseconds per token in the run with the burst: few enough that finetuning must give "
-            "way to it (default: as in the others)",
+            "Milliseconds per token in the run with the burst, so few that finetuning has to yield "
+            "(default: as in the others)",
         ),
     ] = None
     gaps: Annotated[
