@@ -119,7 +119,10 @@ class MixChooser:
             self._offer(load)
             turn = _for_plan(turn, plan, is_patient=is_patient)
             budget = choose_mix(load, turn, self._ladder, latency)
-        self._num_waits = 0 if budget.rows else self._num_waits + 1
+        self._num_waits += 1
+        if budget.rows:
+            self._num_waits = 0
+            self._last = None  # what there is to offer is about to change
         return budget
 
 
