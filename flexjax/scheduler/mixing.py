@@ -1,6 +1,6 @@
 """Which finetuning rows a step gets, step after step: patience, and what is not weighed again.
 
-What a single step is worth is `budget`'s. Imports no jax.
+What mixes are worth in a single step is `weighing`'s. Imports no jax.
 """
 
 from __future__ import annotations
@@ -9,17 +9,10 @@ import dataclasses
 from collections.abc import Callable
 
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import (
-    NOTHING,
-    FinetuneBudget,
-    Load,
-    MixChoice,
-    StepPredictor,
-    choose_mix,
-    weigh_mixes,
-)
+from flexjax.scheduler.budget import NOTHING, FinetuneBudget, Load, StepPredictor
 from flexjax.scheduler.plan import StepPlan
 from flexjax.scheduler.policy import Turn
+from flexjax.scheduler.weighing import MixChoice, choose_mix, weigh_mixes
 
 _PATIENCE_STEPS = 32
 """Steps that finetuning waits for one that can hold more of it, before it takes what it gets."""

@@ -11,8 +11,9 @@ from flexjax.config import FinetuneConfig, SamplingParams
 from flexjax.engine.batch import build_step
 from flexjax.layout import Bucket, StepSizes, step_fields, unpack
 from flexjax.request import GenerationRequest
+from flexjax.scheduler import weighing
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix, weigh_mixes
+from flexjax.scheduler.budget import FinetuneBudget, Load
 from flexjax.scheduler.features import features_of
 from flexjax.scheduler.kv_reads import SequenceRows, TiledReads
 from flexjax.scheduler.plan import (
@@ -33,6 +34,7 @@ from flexjax.scheduler.survey import (
     due_and_reach_s,
 )
 from flexjax.scheduler.training import Group, TrainingRun, TrainSequence
+from flexjax.scheduler.weighing import choose_mix, weigh_mixes
 from flexjax.slo import SLO
 from pallas_kernels import PageList
 from pallas_kernels.paged_attention.reference import RowTiles, pages_per_block, tile_shape
@@ -133,22 +135,59 @@ def test_finetuning_goes_alone_where_sharing_a_step_costs_more(max_ms, expected)
     assert not weigh_mixes(load(), turn, LADDER, Quarrel(0.0), **options).is_alone
 
 
+class Counting(Quarrel):
+    """Notes what it is asked."""
+
+    def __init__(self, penalty):
+        super().__init__(penalty)
+        self.asked = []
+
+    def predict(self, features):
+        self.asked.append(features.bucket)
+        return super().predict(features)
+
+    predict_high = predict
+
+
 def test_it_is_soon_known_that_nothing_fits():
-    asked = []
-
-    class Counting(Device):
-        def predict(self, features):
-            asked.append(features.bucket)
-            return super().predict(features)
-
-        predict_high = predict
-
     turn = Turn(max_ms=1.5, reach_ms=1.5, mean_ms=1.2)
-    choice = weigh_mixes(load(), turn, LADDER, Counting(0.5), can_be_alone=True)
+    device = Counting(0.0)
+    choice = weigh_mixes(load(), turn, LADDER, device, can_be_alone=True)
+    asked = device.asked
     assert choice.budget.rows == 0 and not choice.is_alone
-    # The step as it is, its median and quantile, the whole tile, and the least that could be added.
-    tiles = [Bucket(4, 0, 32, LAYERS), Bucket(4, 0, 8, LAYERS)]
-    assert asked == [Bucket(4, 0, 0, 0)] * 2 + [*tiles, Bucket(4, 8, 0, 0)]
+    # The step as it is, its median and quantile, the most and the least that could be added.
+    tiles = [Bucket(4, 32, 32, LAYERS), Bucket(4, 0, 32, LAYERS), Bucket(4, 0, 8, LAYERS)]
+    rows = [Bucket(4, 32, 0, 0), Bucket(4, 8, 0, 0)]
+    assert asked == [Bucket(4, 0, 0, 0)] * 2 + tiles + rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_most_that_fits_is_found_without_weighing_all(seed, monkeypatch):
+    """Where no time is saved up: the same choice, after fewer questions."""
+    rng = np.random.default_rng(seed)
+    ladder = BucketLadder((4,), (8, 16, 32, 64, 128), (8, 32, 64), LAYERS, LAYERS)
+    cases = []
+    for _ in range(200):
+        max_ms = float(rng.uniform(1.0, 45.0))
+        reach_ms = (None, max_ms, 1.005 * max_ms)[int(rng.integers(3))]
+        turn = Turn(max_ms=max_ms, reach_ms=reach_ms, mean_ms=float(rng.uniform(0.5, 1.0)) * max_ms)
+        fields = {"forward_rows": int(rng.integers(0, 150)), "tile_rows": int(rng.integers(0, 80))}
+        cases.append((load(**fields), turn, float(rng.uniform(0.0, 4.0)), bool(rng.random() < 0.5)))
+    found, asked = [], []
+    for name in ("_largest", "_fitting"):
+        monkeypatch.setattr(weighing, "_largest", getattr(weighing, name))
+        count, choices = 0, []
+        for case, turn, penalty, can_be_alone in cases:
+            device = Counting(penalty)
+            choice = weigh_mixes(case, turn, ladder, device, can_be_alone=can_be_alone)
+            choices.append((choice.budget, choice.is_alone, choice.can_fit))
+            count += len(device.asked)
+        found.append(choices)
+        asked.append(count)
+    assert found[0] == found[1]
+    assert len({budget for budget, *_ in found[0]}) > 20
+    assert any(is_alone for _, is_alone, _ in found[0])
+    assert asked[0] < 0.8 * asked[1]
 
 
 # Deadlines.

@@ -12,13 +12,14 @@ from flexjax.engine.sizing import Sizing
 from flexjax.layout import StepSizes
 from flexjax.request import GenerationRequest
 from flexjax.scheduler.buckets import BucketLadder
-from flexjax.scheduler.budget import FinetuneBudget, Load, choose_mix
+from flexjax.scheduler.budget import FinetuneBudget, Load
 from flexjax.scheduler.features import features_of
 from flexjax.scheduler.page_allocator import PageAllocator
 from flexjax.scheduler.policy import CoServe, Turn
 from flexjax.scheduler.scheduler import Scheduler
 from flexjax.scheduler.sequence import SequenceStatus
 from flexjax.scheduler.training import TrainingRun, TrainSequence
+from flexjax.scheduler.weighing import choose_mix
 
 LAYERS = 5
 CONTEXT = 64
