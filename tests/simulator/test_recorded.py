@@ -133,10 +133,10 @@ def test_a_device_recorded_from_other_requests_foretells_a_run(profile):
     def run(device, seed):
         options = SimulationOptions(slo=slo, device=device, host=host)
         simulator = Simulator(profile, make_engine(), "co_serve", [endless_job()], options)
-        for request_id, arrival in enumerate(make_workload(72, 6.0, seed).arrivals):
+        for request_id, arrival in enumerate(make_workload(48, 6.0, seed).arrivals):
             simulator.submit(request_id, arrival)
         steps = record(simulator)
-        simulator.run(12.0)
+        simulator.run(8.0)
         names = ("command", "device", "workload", "model")
         about = {**dict.fromkeys(names, "test"), "versions": {}, "commit": None, "seed": seed}
         about |= {"policy": "co_serve", "rate": 6.0, "config": {}}
@@ -146,13 +146,17 @@ def test_a_device_recorded_from_other_requests_foretells_a_run(profile):
         return DeviceTimes(profile, noise=0.15, factor=1.3, seed=seed)
 
     others = [run(truth(seed), seed)[0] for seed in (1, 2)]
-    _, measured = run(truth(4), 4)
-    device = RecordedDevice(recorded_profile(others, **ABOUT), seed=5)
-    _, foretold = run(device, 4)
-    attained = [s.requests.tiers[0].attainment for s in (measured, foretold)]
-    assert attained[1] == pytest.approx(attained[0], abs=0.03)
-    trained = [s.finetuning.backward_target_tokens_per_s or 0.0 for s in (measured, foretold)]
-    assert trained[1] == pytest.approx(trained[0], rel=0.05) and trained[0] > 0
+    device = recorded_profile(others, **ABOUT)
+    ratios = []
+    for seed in (4, 5, 6):  # one alone may be 3 % off by chance
+        _, measured = run(truth(seed), seed)
+        _, foretold = run(RecordedDevice(device, seed=seed + 1), seed)
+        attained = [s.requests.tiers[0].attainment for s in (measured, foretold)]
+        assert attained[1] == pytest.approx(attained[0], abs=0.03)
+        trained = [s.finetuning.backward_target_tokens_per_s for s in (measured, foretold)]
+        ratios.append(trained[1] / trained[0])
+    assert statistics.median(ratios) == pytest.approx(1.0, abs=0.03)
+    assert all(0.9 < ratio < 1.1 for ratio in ratios)
 
 
 def test_bad_input_is_refused(profile):
