@@ -75,13 +75,11 @@ def run(options: BenchOptions) -> None:
 
 def _check(options: BenchOptions) -> None:
     """Refuses now what would only fail after the engine has started."""
-    for name in ("ttft_ms", "tpot_factor", "seconds", "burst_seconds"):
-        if getattr(options, name) <= 0:
+    for name in ("ttft_ms", "tpot_factor", "seconds", "burst_seconds", "burst_tpot_ms"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
             flag = name.replace("_", "-")
-            raise ValueError(f"`--{flag}` must be above 0; got {getattr(options, name)}.")
-    burst_ms = options.burst_tpot_ms
-    if burst_ms is not None and burst_ms <= 0:
-        raise ValueError(f"`--burst-tpot-ms` must be above 0; got {burst_ms}.")
+            raise ValueError(f"`--{flag}` must be above 0; got {value}.")
     for name, least in (("adapters", 0), ("prompt_tokens", 1), ("output_tokens", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -94,6 +92,11 @@ def _check(options: BenchOptions) -> None:
     tpot_ms = 1.0 if options.tpot_ms is None else options.tpot_ms
     targets = SLO(ttft_ms=options.ttft_ms, tpot_ms=tpot_ms)
     _settings(options, tuple(options.rates or (1.0,)), targets)
+
+
+def _targets(options: BenchOptions, tpot_ms: float) -> SLO:
+    itl_ms = options.itl_factor * tpot_ms
+    return SLO(ttft_ms=options.ttft_ms, tpot_ms=tpot_ms, itl_ms=itl_ms)
 
 
 def _settings(options: BenchOptions, rates: tuple[float, ...], targets: SLO) -> SweepSettings:
@@ -256,8 +259,7 @@ class _Bench:
             count = 3 * engine.config.max_running
             capacity = measure_capacity(engine, self._source, num_requests=count, seed=options.seed)
             rates = tuple(float(f"{share * capacity:.3g}") for share in DEFAULT_SHARES)
-        itl_ms = options.itl_factor * tpot_ms
-        targets = SLO(ttft_ms=options.ttft_ms, tpot_ms=tpot_ms, itl_ms=itl_ms)
+        targets = _targets(options, tpot_ms)
         found = {"idle_itl_s": idle_s, "capacity": capacity}
         self._header = {**self._header, "measured": found}
         if options.json:
@@ -300,9 +302,7 @@ class _Bench:
         highest = max(attained_rates(runs, settings.tier), default=settings.rates[0])
         tpot_ms = self._options.burst_tpot_ms
         if tpot_ms is not None:
-            itl_ms = self._options.itl_factor * tpot_ms
-            targets = dataclasses.replace(settings.targets, tpot_ms=tpot_ms, itl_ms=itl_ms)
-            settings = dataclasses.replace(settings, targets=targets)
+            settings = dataclasses.replace(settings, targets=_targets(self._options, tpot_ms))
         tier = settings.tier
         seconds = self._options.burst_seconds
         burst = Burst(highest / _BURST_FACTOR, _BURST_FACTOR, seconds / 4, seconds)
